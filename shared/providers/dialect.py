@@ -1,0 +1,59 @@
+"""What a wire dialect is: pure translation between OpenAI's shapes and a provider's, without I/O.
+
+`upstream` sends, times out, reads and parses for all dialects alike; a provider that speaks a dialect we have is a row
+of data (providers.toml), a new dialect is one file beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeAlias
+
+from shared.catalog import Deployment
+from shared.errors import ProviderError
+from shared.schema import JSON, Call, Usage
+
+
+class Outgoing(NamedTuple):
+    """A request to a provider. `dropped` names the caller's parameters that it cannot take."""
+
+    url: str
+    headers: Mapping[str, str]
+    content: bytes
+    dropped: tuple[str, ...] = ()
+
+
+class Piece(NamedTuple):
+    """A whole answer or one streamed chunk in OpenAI's shape, and the usage that came with it.
+
+    Finish reasons are OpenAI's words; the provider's own stands in the choice as `native_finish_reason` where it
+    differs. Reasoning text is `reasoning_content`. `id`, `created`, `object`, `model` are the gateway's to set."""
+
+    body: JSON
+    usage: Usage | None = None
+
+
+Translate: TypeAlias = Callable[[str | None, JSON], list[Piece]]
+"""One event of a stream (its SSE `event` name, its data) to the chunks it means; keeps the state of its one stream.
+
+Raises ProviderError where the event is an error."""
+
+
+class Dialect(Protocol):
+    def request(self, call: Call, to: Deployment, max_tokens: int | None) -> Outgoing:
+        """Build the request; `max_tokens` is the gateway's own bound where the caller set none.
+
+        Raises UnsupportedParameter for what changes the meaning and cannot be said to this provider."""
+        ...
+
+    def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
+        """A whole answer in OpenAI's shape of the call's surface; raises ProviderError where it is none."""
+        ...
+
+    def stream(self, call: Call, to: Deployment) -> Translate:
+        """A fresh translator for one stream."""
+        ...
+
+    def failure(self, status: int, headers: Mapping[str, str], content: bytes) -> ProviderError:
+        """What a refusal means; its message is cleaned of keys, hosts and account ids, 500 characters at most."""
+        ...

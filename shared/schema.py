@@ -1,0 +1,512 @@
+"""OpenAI's shapes: what a caller may send, checked strictly and once, and the ledger of tokens.
+
+What was checked is what is forwarded: `parse` decodes the body once and validates that very object without changing it.
+Bounds and codes are those of https://platform.openai.com/docs/api-reference (recorded answers where it is silent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError
+from pydantic_core import ErrorDetails
+
+from shared.errors import InvalidRequest
+
+JSON: TypeAlias = dict[str, Any]
+
+MAX_DEPTH = 64
+"""Deeper nesting than any tool schema; orjson can read deeper than it can write."""
+
+
+class Shape(BaseModel):
+    """Strict (no "5" for 5, no 1 for true), and open: unknown fields go to providers that speak OpenAI."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True, hide_input_in_errors=True)
+
+
+def _kind(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+One = TypeVar("One")
+Text: TypeAlias = Annotated[str, Field(max_length=10_485_760)]
+OneOrMany: TypeAlias = Annotated[
+    Annotated[str, Tag("one")] | Annotated[list[str], Tag("many")], Discriminator(_kind)
+]
+ToolName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=64)]
+
+
+class TextPart(Shape):
+    type: Literal["text"]
+    text: Text
+
+
+class RefusalPart(Shape):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ImageURL(Shape):
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class ImagePart(Shape):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class InputAudio(Shape):
+    data: str
+    format: str
+
+
+class AudioPart(Shape):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class File(Shape):
+    file_data: str | None = None
+    file_id: str | None = None
+    filename: str | None = None
+
+
+class FilePart(Shape):
+    type: Literal["file"]
+    file: File
+
+
+class OtherPart(Shape):
+    """A provider's own part, e.g. `video_url` or `thinking`: its business."""
+
+    type: str
+
+
+def _part(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if kind in ("text", "refusal", "image_url", "input_audio", "file") else "other"
+
+
+Part: TypeAlias = Annotated[
+    Annotated[TextPart, Tag("text")]
+    | Annotated[RefusalPart, Tag("refusal")]
+    | Annotated[ImagePart, Tag("image_url")]
+    | Annotated[AudioPart, Tag("input_audio")]
+    | Annotated[FilePart, Tag("file")]
+    | Annotated[OtherPart, Tag("other")],
+    Discriminator(_part),
+]
+Content: TypeAlias = Annotated[
+    Annotated[Text, Tag("one")] | Annotated[Annotated[list[Part], Field(min_length=1)], Tag("many")],
+    Discriminator(_kind),
+]
+
+
+class FunctionCall(Shape):
+    name: str
+    arguments: str
+
+
+class ToolCall(Shape):
+    id: str
+    type: Literal["function", "custom"] = "function"
+    function: FunctionCall | None = None
+
+
+class SystemMessage(Shape):
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Shape):
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Shape):
+    """Clients echo it back whole, nulls and all."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    function_call: FunctionCall | None = None
+
+
+class ToolMessage(Shape):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+class FunctionMessage(Shape):
+    role: Literal["function"]
+    content: str | None
+    name: str
+
+
+Message: TypeAlias = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Discriminator("role")
+]
+
+
+class Function(Shape):
+    name: ToolName
+    description: str | None = None
+    parameters: JSON | None = None
+    strict: bool | None = None
+
+
+class Tool(Shape):
+    """`function` is required of a function tool; other types are the provider's own."""
+
+    type: str
+    function: Function | None = None
+
+
+class StreamOptions(Shape):
+    include_usage: bool | None = None
+
+
+class JSONSchema(Shape):
+    name: ToolName
+    schema_: JSON | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Shape):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+def _choice(value: Any) -> str:
+    return "named" if isinstance(value, dict) else "mode"
+
+
+ToolChoice: TypeAlias = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[JSON, Tag("named")], Discriminator(_choice)
+]
+Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
+Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
+Stop: TypeAlias = Annotated[
+    Annotated[str, Tag("one")] | Annotated[Annotated[list[str], Field(max_length=4)], Tag("many")],
+    Discriminator(_kind),
+]
+Whole: TypeAlias = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class Sampling(Shape):
+    """What chat and legacy completions share, and our own extensions (design §2)."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    max_tokens: Whole | None = None
+    stop: Stop | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    models: Annotated[list[str], Field(max_length=8)] | None = None
+    strict: bool | None = None
+
+
+class ChatRequest(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Whole | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    metadata: JSON | None = None
+    store: bool | None = None
+    session_id: Annotated[str, Field(max_length=256)] | None = None
+
+
+def _prompt(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return "text" if not isinstance(value, list) else "texts"
+    return "tokens" if isinstance(value[0], int) else "token_lists" if isinstance(value[0], list) else "texts"
+
+
+Tokens: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Input: TypeAlias = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[Annotated[list[Text], Field(min_length=1, max_length=2048)], Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[Annotated[list[Tokens], Field(min_length=1, max_length=2048)], Tag("token_lists")],
+    Discriminator(_prompt),
+]
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: Input
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    suffix: str | None = None
+
+
+class EmbeddingRequest(Shape):
+    """`POST /v1/embeddings`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    strict: bool | None = None
+
+
+Surface: TypeAlias = Literal["chat", "completions", "embeddings"]
+SHAPES: Mapping[Surface, type[Shape]] = {
+    "chat": ChatRequest,
+    "completions": CompletionRequest,
+    "embeddings": EmbeddingRequest,
+}
+OURS = frozenset({"models", "provider", "cache", "session_id", "strict"})
+"""Our extensions of the request: never forwarded, but for what a provider's row `keeps`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One checked request. `body` is the caller's own object, never changed; what goes out is built from it."""
+
+    surface: Surface
+    body: JSON
+
+    @property
+    def model(self) -> str:
+        return self.body["model"]
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    def include_usage(self) -> bool:
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+
+    @property
+    def n(self) -> int:
+        """How many choices are made; with `best_of`, how many are generated and paid."""
+        return max(self.body.get("n") or 1, self.body.get("best_of") or 1)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The caller's own bound on output, under either name; legacy completions default to OpenAI's 16."""
+        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+
+    @property
+    def features(self) -> set[str]:
+        """The parameters in use that change what the answer means, as `Provider.refuses` names them."""
+        body = self.body
+        found = {name for name in ("tools", "functions", "suffix", "modalities", "audio") if body.get(name)}
+        found |= {name for name in ("echo",) if body.get(name)}
+        if self.n > 1:
+            found.add("n")
+        if (form := (body.get("response_format") or {}).get("type")) not in (None, "text"):
+            found |= {"response_format", form}
+        if body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict):
+            found.add("tool_choice")
+        for message in body.get("messages", ()):
+            if isinstance(content := message.get("content"), list):
+                found |= {part["type"] for part in content if part["type"] != "text"}
+        return found
+
+
+def parse(surface: Surface, raw: bytes) -> Call:
+    """Decode and check a body; raises InvalidRequest with OpenAI's own `param` and `code`."""
+    body = decode(raw)
+    try:
+        SHAPES[surface].model_validate(body)
+    except ValidationError as refused:
+        raise invalid(refused.errors(include_url=False, include_context=True, include_input=False)[0], body) from None
+    _check_together(surface, body)
+    return Call(surface, body)
+
+
+def decode(raw: bytes) -> JSON:
+    """The JSON object of a body; raises InvalidRequest for anything else, and for nesting over `MAX_DEPTH`."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise InvalidRequest(
+            "We could not parse the JSON body of your request. The gateway expects a JSON object in UTF-8."
+        ) from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body of your request must be a JSON object.")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _too_deep(body):
+        raise InvalidRequest(f"The JSON body of your request is nested more than {MAX_DEPTH} levels deep.")
+    return body
+
+
+def _too_deep(value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _check_together(surface: Surface, body: JSON) -> None:
+    """What one field alone cannot tell."""
+    if body.get("stream_options") is not None and not body.get("stream"):
+        raise InvalidRequest("The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options")
+    if surface == "chat":
+        if body.get("top_logprobs") is not None and not body.get("logprobs"):
+            raise InvalidRequest("'top_logprobs' requires 'logprobs' to be true.", param="top_logprobs")
+        for index, tool in enumerate(body.get("tools") or ()):
+            if tool["type"] == "function" and tool.get("function") is None:
+                raise _missing(f"tools[{index}].function")
+        form = body.get("response_format") or {}
+        if form.get("type") == "json_schema" and form.get("json_schema") is None:
+            raise _missing("response_format.json_schema")
+    if surface == "completions" and (body.get("best_of") or 1) > 1:
+        if body.get("stream"):
+            raise InvalidRequest("You cannot stream results with 'best_of' above 1.", param="best_of")
+        if body["best_of"] < (body.get("n") or 1):
+            raise InvalidRequest("'best_of' must not be below 'n'.", param="best_of")
+
+
+def _missing(param: str) -> InvalidRequest:
+    return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+
+
+JSON_NAMES: Mapping[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
+    """One pydantic error in OpenAI's words: message, `param` path and `code`."""
+    param, value = _locate(error["loc"], body)
+    context = error.get("ctx", {})
+    got = JSON_NAMES.get(type(value), "another type")
+    match error["type"]:
+        case "missing":
+            return _missing(param)
+        case "union_tag_not_found" if isinstance(value, dict):
+            return _missing(f"{param}.role")
+        case "union_tag_invalid":
+            return InvalidRequest(
+                f"Invalid value: '{str(context.get('tag'))[:64]}'. Supported values are: {context.get('expected_tags')}.",
+                param=f"{param}.role",
+                code="invalid_value",
+            )
+        case "literal_error" if isinstance(value, str):
+            message, code = f"Invalid value: '{value[:64]}'. Supported values are: {context['expected']}.", "invalid_value"
+        case "greater_than_equal":
+            message, code = f"expected a value >= {context['ge']}, but got {value} instead.", f"{_number(value)}_below_min_value"
+        case "less_than_equal":
+            message, code = f"expected a value <= {context['le']}, but got {value} instead.", f"{_number(value)}_above_max_value"
+        case "too_short" if not value:
+            message, code = "empty array. Expected an array with at least one item.", "empty_array"
+        case "too_long":
+            message = f"array too long. Expected an array with maximum length {context['max_length']}."
+            code = "array_above_max_length"
+        case "string_too_long":
+            message = f"string too long. Expected a string with maximum length {context['max_length']}."
+            code = "string_above_max_length"
+        case "string_too_short":
+            message, code = "empty string. Expected a string with minimum length 1.", "empty_string"
+        case "string_pattern_mismatch":
+            message, code = f"string does not match pattern {context['pattern']}.", "invalid_value"
+        case "extra_forbidden":
+            return InvalidRequest(f"Unrecognized request argument supplied: {param[:64]}", param=param[:64], code="unknown_parameter")
+        case "value_error" | "finite_number" | "int_parsing_size":
+            message, code = f"{context.get('error', 'not an acceptable value')}", "invalid_value"
+        case kind:
+            wanted = next((name for type_, name in _WANTED.items() if kind.startswith(type_)), "another type")
+            return InvalidRequest(
+                f"Invalid type for '{param}': expected {wanted}, but got {got} instead.", param=param, code="invalid_type"
+            )
+    return InvalidRequest(f"Invalid '{param}': {message}", param=param, code=code)
+
+
+_WANTED = {
+    "string": "a string",
+    "literal": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "a boolean",
+    "list": "an array",
+    "dict": "an object",
+    "model": "an object",
+    "union_tag": "an object",
+}
+
+
+def _number(value: Any) -> str:
+    return "integer" if isinstance(value, int) else "decimal"
+
+
+def _locate(loc: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
+    """`messages[0].content` and what stands there: pydantic's path without the names of union members."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int) and isinstance(value, list):
+            path, value = f"{path}[{step}]", value[step]
+        elif isinstance(value, dict) and step in value:
+            path, value = f"{path}.{step}", value[step]
+        elif step == loc[-1] and isinstance(value, dict):
+            path, value = f"{path}.{step}", None
+    return path.removeprefix("."), value
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The ledger of one answer: five disjoint kinds of token that cost money, and where the numbers come from.
+
+    `reasoning` is part of `output`. `cost` is the provider's own figure in nano-dollars, if it gave one. `details` are
+    the provider's further counts, passed on under OpenAI's names."""
+
+    input: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    cache_write_1h: int = 0
+    output: int = 0
+    reasoning: int = 0
+    source: Literal["provider", "estimated"] = "provider"
+    cost: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def prompt(self) -> int:
+        return self.input + self.cache_read + self.cache_write + self.cache_write_1h
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.output

@@ -1,0 +1,69 @@
+"""Server-sent events, both ways: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import orjson
+
+MAX_EVENT = 16 * 1024 * 1024
+"""Bytes; tool arguments of 10 MB pass."""
+
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
+
+
+def encode(data: Any) -> bytes:
+    """One event. JSON has no raw line ends, so no text of a model can end or forge an event."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class Event(NamedTuple):
+    name: str | None
+    data: bytes
+
+
+class TooLong(Exception):
+    """An event grew over `MAX_EVENT` bytes."""
+
+
+class Decoder:
+    """Bytes in, events out, whatever the cuts: lines end at CR, LF or CRLF only, never at U+2028 and its kin."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._size = 0
+        self._name: str | None = None
+        self._data: list[bytes] = []
+        self._begun = False
+
+    def feed(self, piece: bytes) -> list[Event]:
+        """The events that this piece completes."""
+        self._size += len(piece)
+        if self._size > MAX_EVENT:
+            raise TooLong
+        if not self._begun and (len(self._rest) + len(piece) >= 3 or not b"\xef\xbb\xbf".startswith(self._rest + piece)):
+            self._begun = True
+            piece = (self._rest + piece).removeprefix(b"\xef\xbb\xbf")
+            self._rest = b""
+        text = self._rest + piece if self._rest else piece
+        if not self._begun:
+            self._rest = text
+            return []
+        if b"\r" in text:
+            held = text.endswith(b"\r")  # its LF may come with the next piece
+            text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n") + (b"\r" if held else b"")
+        *lines, self._rest = text.split(b"\n")
+        events: list[Event] = []
+        for line in lines:
+            if not line:
+                if self._data:
+                    events.append(Event(self._name, b"\n".join(self._data)))
+                self._name, self._data, self._size = None, [], len(text)
+            elif line.startswith(b"data:"):
+                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif line == b"data":
+                self._data.append(b"")
+            elif line.startswith(b"event:"):
+                self._name = line[6:].strip().decode("utf-8", "replace")
+        return events

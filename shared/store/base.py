@@ -1,0 +1,262 @@
+"""What the gateway asks of a store, in its own words; `dynamodb` and `sqlite` answer alike (tests/shared/store).
+
+Money is integer nano-dollars, moments are epoch seconds, a minute or day is its number since the epoch (UTC). Of each
+key the store holds what is left, never what was used: conditions can compare, but not compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+UNLIMITED = 10**18
+"""A limit nobody reaches, so that "no limit" needs no second expression; fits SQLite's 64 bits."""
+NEVER = 10**11
+"""An expiry moment nobody reaches."""
+
+Reason = Literal["unknown", "disabled", "expired", "concurrency", "rpm", "tpm", "daily_budget", "balance"]
+
+
+def is_unlimited(amount: int) -> bool:
+    """True of an unlimited amount even after spending from it."""
+    return amount > UNLIMITED // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What one open request has reserved. `start` is its admission, `ttl` the seconds after which it is overdue."""
+
+    money: int
+    tokens: int
+    start: int
+    ttl: int
+
+    @property
+    def minute(self) -> int:
+        return self.start // 60
+
+    @property
+    def day(self) -> int:
+        return self.start // 86400
+
+    @property
+    def deadline(self) -> int:
+        return self.start + self.ttl
+
+    def pack(self) -> int:
+        """All four in one number of at most 38 digits, DynamoDB's limit: an item's size is what admission costs."""
+        return ((self.money * 10**9 + self.tokens) * 10**10 + self.start) * 10**4 + self.ttl
+
+    @classmethod
+    def unpack(cls, packed: int) -> Hold:
+        rest, ttl = divmod(packed, 10**4)
+        rest, start = divmod(rest, 10**10)
+        money, tokens = divmod(rest, 10**9)
+        return cls(money, tokens, start, ttl)
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualKey:
+    """A caller's key as it stands. `windows` maps "r<minute>", "t<minute>", "d<day>" to what is left of rpm, tpm and
+    the daily budget; a window not there is untouched. `open` maps request ids to their holds. Always
+    `balance + sum(hold.money of open) + spent == credit`."""
+
+    id: str
+    hash: str
+    name: str
+    role: Literal["user", "admin"] = "user"
+    enabled: bool = True
+    expires_at: int = NEVER
+    models: tuple[str, ...] | None = None
+    rpm: int = UNLIMITED
+    tpm: int = UNLIMITED
+    concurrency: int = 100
+    daily_budget: int = UNLIMITED
+    balance: int = UNLIMITED
+    credit: int = UNLIMITED
+    spent: int = 0
+    requests: int = 0
+    old_hash: str | None = None
+    old_until: int = 0
+    created_at: int = 0
+    deleted: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    windows: Mapping[str, int] = field(default_factory=dict[str, int])
+    open: Mapping[str, Hold] = field(default_factory=dict[str, Hold])
+
+    @property
+    def masked(self) -> str:
+        """`lr-abc***xyz`: of the public id only, so it shows nothing of the secret and survives rotation."""
+        return f"lr-{self.id[:3]}***{self.id[-3:]}"
+
+    @property
+    def has_money_limit(self) -> bool:
+        return not (is_unlimited(self.daily_budget) and is_unlimited(self.balance))
+
+    def left(self, kind: Literal["r", "t", "d"], window: int) -> int:
+        """What is left of rpm, tpm or the daily budget in the given minute or day."""
+        limit = {"r": self.rpm, "t": self.tpm, "d": self.daily_budget}[kind]
+        return self.windows.get(f"{kind}{window}", limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request at the door: who says to call, and what it may use at most."""
+
+    key_id: str
+    key_hash: str
+    request_id: str
+    hold: Hold
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The key as it stands after the reservation."""
+
+    key: VirtualKey
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why not; `key` is the key as it stood, None for an unknown one."""
+
+    reason: Reason
+    key: VirtualKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """Fields to change; None leaves one alone. `balance` is what shall be left to spend, open holds included."""
+
+    name: str | None = None
+    role: Literal["user", "admin"] | None = None
+    enabled: bool | None = None
+    expires_at: int | None = None
+    models: tuple[str, ...] | None = None
+    all_models: bool = False
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+    daily_budget: int | None = None
+    balance: int | None = None
+    metadata: Mapping[str, Any] | None = None
+    hash: str | None = None
+    old_hash: str | None = None
+    old_until: int | None = None
+    deleted: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer, or failure, on record: `cost` is final, `doc` is everything else (shared/generations.py)."""
+
+    id: str
+    key_id: str
+    created: int
+    cost: int
+    doc: Mapping[str, Any]
+
+    @property
+    def day(self) -> int:
+        return self.created // 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Rollup:
+    """The rows of one key and day in sum, written once, after which those rows no longer count.
+
+    `groups`: `[{model, provider, requests, prompt_tokens, completion_tokens, cost}]`; `cost` is their total."""
+
+    key_id: str
+    day: int
+    cost: int
+    requests: int
+    groups: tuple[Mapping[str, Any], ...]
+
+
+def refusal(key: VirtualKey | None, ask: Ask) -> Reason | None:
+    """Why `ask` is refused of the key as it stands, None if it is not. The one order in which limits refuse.
+
+    SQLite decides by it inside its transaction; DynamoDB's condition says the same, and this explains its "no".
+    """
+    hold = ask.hold
+    if key is None or key.deleted or not knows(key, ask.key_hash, hold.start):
+        return "unknown"
+    checks: tuple[tuple[bool, Reason], ...] = (
+        (not key.enabled, "disabled"),
+        (key.expires_at <= hold.start, "expired"),
+        (len(key.open) >= key.concurrency, "concurrency"),
+        (key.left("r", hold.minute) < 1, "rpm"),
+        (key.left("t", hold.minute) < hold.tokens, "tpm"),
+        (key.left("d", hold.day) < hold.money, "daily_budget"),
+        (key.balance < hold.money, "balance"),
+    )
+    return next((reason for refused, reason in checks if refused), None)
+
+
+def knows(key: VirtualKey, key_hash: str, now: int) -> bool:
+    """Whether the hash is the key's own, or the one it had before a rotation whose grace period still runs."""
+    return key.hash == key_hash or (key.old_hash == key_hash and key.old_until > now)
+
+
+class Store(Protocol):
+    """Every method may raise `errors.StoreUnavailable`, nothing else; each is safe to send twice."""
+
+    async def add_key(self, key: VirtualKey) -> bool:
+        """Put a new key; False when the id is taken."""
+        ...
+
+    async def key(self, key_id: str) -> VirtualKey | None:
+        """Read one key, tombstones too, consistently."""
+        ...
+
+    def keys(self) -> AsyncIterator[VirtualKey]:
+        """All keys, tombstones too; may lag behind by a moment."""
+        ...
+
+    async def change_key(self, key_id: str, change: KeyChange, now: int) -> VirtualKey | None:
+        """Change a key, limits by difference, so that open holds and this minute's and day's use stay right.
+
+        None when there is no such key. `now` says which windows are current."""
+        ...
+
+    async def admit(self, ask: Ask) -> Admitted | Refused:
+        """Check and reserve in one atomic write. A request id that is already open is its own lost reply: admitted."""
+        ...
+
+    async def extend(self, key_id: str, request_id: str, old: Hold, new: Hold) -> bool:
+        """Raise an open hold's money, if balance and budget allow; True also where that was done already."""
+        ...
+
+    async def settle(self, key_id: str, request_id: str, hold: Hold, cost: int, tokens: int, now: int) -> bool:
+        """Charge `cost`, give the rest back (tokens and budget only within their own window), close the hold.
+
+        False when it is not open, which is success: somebody settled it already."""
+        ...
+
+    async def release(self, key_id: str, request_id: str, hold: Hold, now: int) -> bool:
+        """Undo an admission: everything back, the request not counted. False when it is not open."""
+        ...
+
+    async def record(self, row: Generation, expires: int) -> Generation:
+        """Put a row once; returns the row that stands, which is the earlier one if the id was taken."""
+        ...
+
+    async def generation(self, generation_id: str) -> Generation | None:
+        """Read one row consistently."""
+        ...
+
+    async def generations(self, key_id: str, day: int, after: str = "", limit: int = 100) -> list[Generation]:
+        """The rows of one key and day with ids above `after`, in order of id, at most `limit`; may lag a moment."""
+        ...
+
+    async def roll_up(self, rollup: Rollup) -> bool:
+        """Put a rollup once; False when that key and day have one."""
+        ...
+
+    async def rollups(self, key_id: str, first_day: int, last_day: int) -> list[Rollup]:
+        """The rollups of one key, by day, both ends included."""
+        ...
+
+    async def close(self) -> None: ...
