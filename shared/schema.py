@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from shared.errors import InvalidRequest
@@ -25,18 +25,17 @@ MAX_DEPTH = 64
 class Shape(BaseModel):
     """Strict (no "5" for 5, no 1 for true), and open: unknown fields go to providers that speak OpenAI."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, defer_build=True, hide_input_in_errors=True
+    )
 
 
 def _kind(value: Any) -> str:
     return "many" if isinstance(value, list) else "one"
 
 
-One = TypeVar("One")
 Text: TypeAlias = Annotated[str, Field(max_length=10_485_760)]
-OneOrMany: TypeAlias = Annotated[
-    Annotated[str, Tag("one")] | Annotated[list[str], Tag("many")], Discriminator(_kind)
-]
+OneOrMany: TypeAlias = Annotated[Annotated[str, Tag("one")] | Annotated[list[str], Tag("many")], Discriminator(_kind)]
 ToolName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=64)]
 
 
@@ -88,7 +87,7 @@ class OtherPart(Shape):
 
 
 def _part(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind: Any = cast("JSON", value).get("type") if isinstance(value, dict) else None
     return kind if kind in ("text", "refusal", "image_url", "input_audio", "file") else "other"
 
 
@@ -305,7 +304,7 @@ class Call:
 
     @property
     def include_usage(self) -> bool:
-        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+        return bool(_inner(self.body, "stream_options").get("include_usage"))
 
     @property
     def n(self) -> int:
@@ -325,13 +324,13 @@ class Call:
         found |= {name for name in ("echo",) if body.get(name)}
         if self.n > 1:
             found.add("n")
-        if (form := (body.get("response_format") or {}).get("type")) not in (None, "text"):
+        if (form := _inner(body, "response_format").get("type")) not in (None, "text"):
             found |= {"response_format", form}
         if body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict):
             found.add("tool_choice")
         for message in body.get("messages", ()):
             if isinstance(content := message.get("content"), list):
-                found |= {part["type"] for part in content if part["type"] != "text"}
+                found |= {part["type"] for part in cast("list[JSON]", content) if part["type"] != "text"}
         return found
 
 
@@ -356,13 +355,18 @@ def decode(raw: bytes) -> JSON:
         ) from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body of your request must be a JSON object.")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _too_deep(body):
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _too_deep(cast("JSON", body)):
         raise InvalidRequest(f"The JSON body of your request is nested more than {MAX_DEPTH} levels deep.")
-    return body
+    return cast("JSON", body)
 
 
-def _too_deep(value: Any) -> bool:
-    level: list[Any] = [value]
+def _inner(body: JSON, name: str) -> JSON:
+    """An optional object of a checked body; empty for null."""
+    return body.get(name) or {}
+
+
+def _too_deep(value: JSON) -> bool:
+    level: list[JSON | list[Any]] = [value]
     for _ in range(MAX_DEPTH):
         level = [
             inner
@@ -378,14 +382,16 @@ def _too_deep(value: Any) -> bool:
 def _check_together(surface: Surface, body: JSON) -> None:
     """What one field alone cannot tell."""
     if body.get("stream_options") is not None and not body.get("stream"):
-        raise InvalidRequest("The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options")
+        raise InvalidRequest(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
+        )
     if surface == "chat":
         if body.get("top_logprobs") is not None and not body.get("logprobs"):
             raise InvalidRequest("'top_logprobs' requires 'logprobs' to be true.", param="top_logprobs")
         for index, tool in enumerate(body.get("tools") or ()):
             if tool["type"] == "function" and tool.get("function") is None:
                 raise _missing(f"tools[{index}].function")
-        form = body.get("response_format") or {}
+        form = _inner(body, "response_format")
         if form.get("type") == "json_schema" and form.get("json_schema") is None:
             raise _missing("response_format.json_schema")
     if surface == "completions" and (body.get("best_of") or 1) > 1:
@@ -427,11 +433,20 @@ def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
                 code="invalid_value",
             )
         case "literal_error" if isinstance(value, str):
-            message, code = f"Invalid value: '{value[:64]}'. Supported values are: {context['expected']}.", "invalid_value"
+            message, code = (
+                f"Invalid value: '{value[:64]}'. Supported values are: {context['expected']}.",
+                "invalid_value",
+            )
         case "greater_than_equal":
-            message, code = f"expected a value >= {context['ge']}, but got {value} instead.", f"{_number(value)}_below_min_value"
+            message, code = (
+                f"expected a value >= {context['ge']}, but got {value} instead.",
+                f"{_number(value)}_below_min_value",
+            )
         case "less_than_equal":
-            message, code = f"expected a value <= {context['le']}, but got {value} instead.", f"{_number(value)}_above_max_value"
+            message, code = (
+                f"expected a value <= {context['le']}, but got {value} instead.",
+                f"{_number(value)}_above_max_value",
+            )
         case "too_short" if not value:
             message, code = "empty array. Expected an array with at least one item.", "empty_array"
         case "too_long":
@@ -445,13 +460,17 @@ def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
         case "string_pattern_mismatch":
             message, code = f"string does not match pattern {context['pattern']}.", "invalid_value"
         case "extra_forbidden":
-            return InvalidRequest(f"Unrecognized request argument supplied: {param[:64]}", param=param[:64], code="unknown_parameter")
+            return InvalidRequest(
+                f"Unrecognized request argument supplied: {param[:64]}", param=param[:64], code="unknown_parameter"
+            )
         case "value_error" | "finite_number" | "int_parsing_size":
             message, code = f"{context.get('error', 'not an acceptable value')}", "invalid_value"
         case kind:
             wanted = next((name for type_, name in _WANTED.items() if kind.startswith(type_)), "another type")
             return InvalidRequest(
-                f"Invalid type for '{param}': expected {wanted}, but got {got} instead.", param=param, code="invalid_type"
+                f"Invalid type for '{param}': expected {wanted}, but got {got} instead.",
+                param=param,
+                code="invalid_type",
             )
     return InvalidRequest(f"Invalid '{param}': {message}", param=param, code=code)
 
@@ -477,12 +496,15 @@ def _locate(loc: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
     """`messages[0].content` and what stands there: pydantic's path without the names of union members."""
     path = ""
     for step in loc:
-        if isinstance(step, int) and isinstance(value, list):
-            path, value = f"{path}[{step}]", value[step]
-        elif isinstance(value, dict) and step in value:
-            path, value = f"{path}.{step}", value[step]
-        elif step == loc[-1] and isinstance(value, dict):
-            path, value = f"{path}.{step}", None
+        match value:
+            case list() if isinstance(step, int):
+                path, value = f"{path}[{step}]", cast("list[Any]", value)[step]
+            case dict() if step in value:
+                path, value = f"{path}.{step}", cast("dict[Any, Any]", value)[step]
+            case dict() if step == loc[-1]:
+                path, value = f"{path}.{step}", None
+            case _:
+                pass
     return path.removeprefix("."), value
 
 

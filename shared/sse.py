@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+BOM = b"\xef\xbb\xbf"
+
 MAX_EVENT = 16 * 1024 * 1024
 """Bytes; tool arguments of 10 MB pass."""
 
@@ -31,7 +33,7 @@ class Decoder:
     """Bytes in, events out, whatever the cuts: lines end at CR, LF or CRLF only, never at U+2028 and its kin."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: bytes = b""
         self._size = 0
         self._name: str | None = None
         self._data: list[bytes] = []
@@ -42,17 +44,15 @@ class Decoder:
         self._size += len(piece)
         if self._size > MAX_EVENT:
             raise TooLong
-        if not self._begun and (len(self._rest) + len(piece) >= 3 or not b"\xef\xbb\xbf".startswith(self._rest + piece)):
-            self._begun = True
-            piece = (self._rest + piece).removeprefix(b"\xef\xbb\xbf")
-            self._rest = b""
         text = self._rest + piece if self._rest else piece
         if not self._begun:
-            self._rest = text
-            return []
+            if len(text) < len(BOM) and BOM.startswith(text):
+                self._rest = text
+                return []
+            self._begun, text = True, text.removeprefix(BOM)
         if b"\r" in text:
-            held = text.endswith(b"\r")  # its LF may come with the next piece
-            text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n") + (b"\r" if held else b"")
+            held = b"\r" if text.endswith(b"\r") else b""  # its LF may come with the next piece
+            text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
         *lines, self._rest = text.split(b"\n")
         events: list[Event] = []
         for line in lines:

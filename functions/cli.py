@@ -1,0 +1,140 @@
+"""The administrator's terminal: `python -m functions.cli keys create --name ada --rpm 60`; see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from dotenv import load_dotenv
+
+from functions import keyform, local
+from shared.errors import GatewayError
+from shared.keys import Keys
+from shared.schema import JSON
+from shared.settings import Settings
+from shared.store import open_store
+from shared.store.base import Store
+
+LIMITS = {
+    "role": "user or admin",
+    "expires-at": "a time such as 2030-01-31T12:00:00Z",
+    "models": "comma list: aliases, models, provider/model, provider/*; '' for none",
+    "rpm": "requests per minute",
+    "tpm": "tokens per minute",
+    "concurrency": "open requests at a time",
+    "daily-budget-usd": "US dollars per UTC day",
+    "balance-usd": "US dollars left to spend",
+    "metadata": "a JSON object",
+}
+NONE = "none"
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="python -m functions.cli", description=__doc__)
+    nouns = root.add_subparsers(dest="noun", required=True)
+    keys = nouns.add_parser("keys", help="virtual keys").add_subparsers(dest="verb", required=True)
+    create = keys.add_parser("create", help="make a key; it is shown this once")
+    create.add_argument("--name", required=True)
+    change = keys.add_parser("change", help=f"change fields of a key; '{NONE}' lifts a limit")
+    change.add_argument("id")
+    change.add_argument("--name")
+    for form in (create, change):
+        for name, what in LIMITS.items():
+            form.add_argument(f"--{name}", help=what)
+    keys.add_parser("list", help="all keys")
+    for verb, what in (
+        ("show", "one key"),
+        ("enable", "let it call again"),
+        ("disable", "refuse it from the next request on"),
+        ("delete", "refuse it for good"),
+    ):
+        keys.add_parser(verb, help=what).add_argument("id")
+    rotate = keys.add_parser("rotate", help="a new secret, shown this once")
+    rotate.add_argument("id")
+    rotate.add_argument("--grace-seconds", type=int, default=86400, help="how long the old secret is still good")
+    table = nouns.add_parser("table", help="the DynamoDB table").add_subparsers(dest="verb", required=True)
+    table.add_parser("create", help="make it on the endpoint that DATABASE_URL names (local engines)")
+    return root
+
+
+def fields(given: argparse.Namespace) -> JSON:
+    """The options as the JSON body that `/admin/keys` takes."""
+    body: JSON = {}
+    for name in ("name", *LIMITS):
+        value: str | None = getattr(given, field := name.replace("-", "_"))
+        if value is None:
+            continue
+        if value == NONE:
+            body[field] = None
+        elif field == "models":
+            body[field] = [model.strip() for model in value.split(",") if model.strip()]
+        else:
+            body[field] = json.loads(value) if field not in ("name", "role", "expires_at") else value
+    return body
+
+
+async def run(given: argparse.Namespace, keys: Keys, store: Store) -> Any:
+    now = int(time.time())
+    match given.verb:
+        case "create":
+            made, key = await keys.create(keyform.wanted(keyform.read(keyform.KeyRequest, fields(given))))
+            return {"key": key, **keyform.shown(made, now)}
+        case "list":
+            found = [key async for key in store.keys() if not key.deleted]
+            return [keyform.shown(key, now) for key in sorted(found, key=lambda key: (key.name, key.id))]
+        case "show":
+            return keyform.shown(await keys.get(given.id), now)
+        case "enable" | "disable":
+            form = keyform.read(keyform.KeyPatch, {"enabled": given.verb == "enable"})
+            return keyform.shown(await keys.change(given.id, keyform.change(form)), now)
+        case "change":
+            form = keyform.read(keyform.KeyPatch, fields(given))
+            return keyform.shown(await keys.change(given.id, keyform.change(form)), now)
+        case "rotate":
+            changed, key = await keys.rotate(given.id, given.grace_seconds)
+            return {"key": key, **keyform.shown(changed, now)}
+        case _:
+            await keys.delete(given.id)
+            return {"id": given.id, "deleted": True}
+
+
+def create_table(settings: Settings) -> JSON:
+    from shared.store.dynamodb import create_table_at  # boto3 only where it is needed
+
+    return {"created": create_table_at(settings.database_url, Path("infra/resources.yml"))}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    load_dotenv()
+    given = parser().parse_args(arguments)
+    try:
+        settings = Settings.read(os.environ)
+        if given.noun == "table":
+            answer = create_table(settings)
+        else:
+            pepper = settings.lr_key_pepper or local.pepper()
+            answer = asyncio.run(with_store(settings, lambda store: run(given, Keys(store, pepper), store)))
+    except (GatewayError, ValueError) as error:
+        print(f"error: {local.told(error) if isinstance(error, ValueError) else error.message}", file=sys.stderr)
+        return 1
+    print(json.dumps(answer, indent=2))
+    return 0
+
+
+async def with_store(settings: Settings, work: Callable[[Store], Awaitable[Any]]) -> Any:
+    store = open_store(settings.database_url, settings.table_name)
+    try:
+        return await work(store)
+    finally:
+        await store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What a route may ask for: who calls, and the objects that answer, each built once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from shared.catalog import Catalog
+from shared.errors import BodyTooLarge, InvalidKey, UnsupportedContentType
+from shared.gateway import Gateway
+from shared.keys import Credential, Keys
+from shared.limits import Limits
+from shared.prices import PriceTable
+from shared.settings import Settings
+from shared.store import open_store
+from shared.store.base import Store, VirtualKey
+from shared.telemetry import Telemetry
+from shared.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    settings: Settings
+    store: Store
+    keys: Keys
+    catalog: Catalog
+    upstream: Upstream
+    limits: Limits
+    gateway: Gateway
+    telemetry: Telemetry
+    started: float = field(default_factory=time.time)
+
+    async def close(self) -> None:
+        """End well: open requests settle first, then connections close."""
+        await self.gateway.drained()
+        await self.upstream.close()
+        await self.store.close()
+
+
+def build(settings: Settings, store: Store | None = None, *, demo: bool = False) -> Services:
+    """Raises ValueError where the settings do not suffice; connects to nothing yet.
+
+    `demo`: where no provider is on, `demo/echo` is."""
+    if settings.lr_key_pepper is None:
+        raise ValueError("LR_KEY_PEPPER is not set: it keys the hashes of virtual keys (`make run` makes one).")
+    catalog = Catalog.load(settings, PriceTable.vendored())
+    if demo and not catalog.on():
+        catalog = Catalog.load(settings, PriceTable.vendored(), also=("demo",))
+    store = store or open_store(settings.database_url, settings.table_name)
+    limits, upstream = Limits(store, settings.generation_ttl_days), Upstream(settings)
+    secrets = [settings.lr_key_pepper, settings.lr_admin_key or "", *settings.provider_variables.values()]
+    return Services(
+        settings=settings,
+        store=store,
+        keys=Keys(store, settings.lr_key_pepper, settings.lr_admin_key),
+        catalog=catalog,
+        upstream=upstream,
+        limits=limits,
+        gateway=Gateway(catalog, limits, upstream, settings.total_timeout),
+        telemetry=Telemetry(settings, secrets),
+    )
+
+
+def services(request: Request) -> Services:
+    return request.app.state.services
+
+
+def credential(request: Request) -> Credential:
+    """Who the caller says to be, without asking the store. An over-long body is refused first, by its header."""
+    offered: Services = services(request)
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > offered.settings.max_body_bytes:
+        raise too_large(offered.settings)
+    given = request.headers.getlist("authorization")
+    if len(given) > 1:
+        raise InvalidKey("More than one Authorization header.")
+    return offered.keys.credential(given[0] if given else None)
+
+
+async def identified(request: Request) -> VirtualKey:
+    return await services(request).keys.identify(credential(request))
+
+
+async def administrator(request: Request) -> VirtualKey:
+    return await services(request).keys.administrator(credential(request))
+
+
+Offered = Annotated[Services, Depends(services)]
+Caller = Annotated[Credential, Depends(credential)]
+Identified = Annotated[VirtualKey, Depends(identified)]
+Administrator = Annotated[VirtualKey, Depends(administrator)]
+
+
+async def body(request: Request, settings: Settings) -> bytes:
+    """The request's bytes, at most `max_body_bytes`; raises BodyTooLarge or UnsupportedContentType."""
+    read = bytearray()
+    async for piece in request.stream():
+        read += piece
+        if len(read) > settings.max_body_bytes:
+            raise too_large(settings)
+    media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        raise UnsupportedContentType("Send the body as JSON, with 'Content-Type: application/json'.")
+    return bytes(read)
+
+
+def too_large(settings: Settings) -> BodyTooLarge:
+    return BodyTooLarge(f"The body of your request is larger than {settings.max_body_bytes} bytes.")

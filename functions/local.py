@@ -1,0 +1,139 @@
+"""`make run`: the same app under uvicorn, with keys made at the first start and everything kept in one SQLite file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import uvicorn
+from dotenv import load_dotenv
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from functions.app import create_app
+from functions.deps import Services
+from shared.keys import mint
+from shared.settings import Settings
+from shared.store.base import VirtualKey
+
+FOLDER = Path(".lightrail")
+"""Pepper, admin key and user key of this checkout; ignored by git, readable by its owner only."""
+GRACEFUL = 10
+"""Seconds that streams in flight have to end by themselves; then each ends with an error event."""
+
+
+def kept(name: str, make: str) -> tuple[str, bool]:
+    """The content of a file in `FOLDER`, and whether it was made just now."""
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    path = FOLDER / name
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text().strip(), False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(make + "\n")
+    return make, True
+
+
+def pepper() -> str:
+    return kept("pepper", secrets.token_urlsafe(32))[0]
+
+
+def main() -> int:
+    load_dotenv()
+    try:
+        settings = Settings.read(os.environ)
+        if settings.lr_key_pepper is None:
+            settings = settings.model_copy(update={"lr_key_pepper": pepper()})
+        app = create_app(settings, demo="--demo" in sys.argv)
+    except ValueError as error:
+        print(f"Lightrail cannot start: {told(error)}", file=sys.stderr)
+        return 2
+    services: Services = app.state.services
+    if not services.catalog.on():
+        print("Lightrail cannot start: no provider is on.", *why_off(services), sep="\n  ", file=sys.stderr)
+        return 2
+    shown_keys = asyncio.run(first_keys(services)) if settings.lr_admin_key is None else {}
+    server = Server(app, settings, shown_keys)
+    server.run()
+    return 0
+
+
+def told(error: ValueError) -> str:
+    """A settings error by its variable's name; never its value."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors(include_input=False))
+    return str(error)
+
+
+async def first_keys(services: Services) -> dict[str, tuple[str, bool]]:
+    """An admin and a user key, made once; shown whole at that time only."""
+    shown: dict[str, tuple[str, bool]] = {}
+    for role in ("admin", "user"):
+        key, new = kept(f"{role}-key", mint()[1])
+        await services.keys.keep(VirtualKey("", "", f"first {role} key", role), key)
+        shown[role] = key, new
+    await services.store.close()  # its thread belonged to this loop's run; it opens again when next asked
+    return shown
+
+
+def why_off(services: Services) -> list[str]:
+    catalog = services.catalog
+    shipped = [provider for provider in catalog.providers.values() if provider.name != "demo"]
+    return [f"{provider.title}: {why}" for provider in shipped if (why := catalog.why_off(provider.name))]
+
+
+class Server(uvicorn.Server):
+    """Says where it serves, and with which keys, once it does."""
+
+    def __init__(self, app: FastAPI, settings: Settings, keys: dict[str, tuple[str, bool]]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http="httptools",  # h11 lets a request with both framings through
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACEFUL,
+            )
+        )
+        self._services: Services = app.state.services
+        self._keys = keys
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started and self.servers:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(self._banner(f"http://{host}:{port}"), flush=True)
+
+    def _banner(self, address: str) -> str:
+        catalog, lines = self._services.catalog, ["", f"Lightrail serves on {address}", ""]
+        for role, (key, new) in self._keys.items():
+            where = FOLDER / f"{role}-key"
+            lines.append(
+                f"  {role} key   {key if new else f'{key[:6]}***'}   ({'shown this once; ' if new else ''}kept in {where})"
+            )
+        if self._services.settings.lr_admin_key:
+            lines.append("  admin key  LR_ADMIN_KEY; make user keys with POST /admin/keys")
+        on = catalog.on()
+        lines += ["", "  on   " + ", ".join(f"{provider.title} ({provider.name}/…)" for provider in on)]
+        lines += [f"  off  {line}" for line in why_off(self._services)]
+        model = f"{on[0].name}/{on[0].default_model}" if on and on[0].default_model else "<provider>/<model>"
+        key = f"$(cat {FOLDER / 'user-key'})" if self._keys else "$LR_ADMIN_KEY"
+        lines += [
+            "",
+            f'  curl -N {address}/v1/chat/completions -H "Authorization: Bearer {key}" \\',
+            "    -H 'Content-Type: application/json' \\",
+            f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
+            "",
+        ]
+        return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

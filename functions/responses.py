@@ -1,0 +1,150 @@
+"""How an answer leaves: whole, or as server-sent events; and how a caller who leaves first is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, suppress
+from types import TracebackType
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from shared import limits, sse
+from shared.errors import GatewayError, Overloaded
+from shared.exchange import Exchange
+from shared.gateway import Gateway
+from shared.schema import JSON
+
+HOLD = 10.0
+"""Seconds of silence after which a comment goes out, and with the first one the headers."""
+
+
+class JSONBytes(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+class Listener:
+    """While it lasts, a caller who hangs up cancels the current task; `hung_up` tells that from other cancellations."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.hung_up = False
+
+    async def __aenter__(self) -> Listener:
+        self._task = asyncio.current_task()
+        self._ear = asyncio.ensure_future(self._listen())
+        return self
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.hung_up = True
+        assert self._task is not None
+        self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._ear.cancel()
+        if not self.hung_up:
+            return False
+        assert self._task is not None
+        if kind is None:  # hung up in the very moment of the end: the cancellation is still to come
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        self._task.uncancel()
+        return kind is asyncio.CancelledError
+
+
+def answer_headers(exchange: Exchange) -> dict[str, str]:
+    """Who answered, how often was asked, and OpenAI's six `x-ratelimit-*`."""
+    return {
+        "x-request-id": exchange.id,
+        "x-lightrail-provider": exchange.deployment.provider.name,
+        "x-lightrail-model": exchange.deployment.model,
+        "x-lightrail-attempts": str(len(exchange.attempts)),
+        "x-lightrail-cache": "off",
+        **({"x-lightrail-dropped": ", ".join(exchange.dropped)} if exchange.dropped else {}),
+        **limits.rate_headers(exchange.key, exchange.hold.start),
+    }
+
+
+class EventStream(Response):
+    """A model's answer as it comes. Status and headers wait for the first content, `HOLD` seconds at most."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange) -> None:
+        self.background = None
+        self.raw_headers = []
+        self._gateway = gateway
+        self._exchange = exchange
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        self._spoke = asyncio.get_running_loop().time()
+        beat = asyncio.ensure_future(self._beat())
+        exchange = self._exchange
+        try:
+            async with Listener(receive) as listener:
+                await self._relay(beat)
+            if listener.hung_up:
+                exchange.interrupt()
+        except GatewayError as error:
+            if not self._begun:
+                error.headers = {**answer_headers(exchange), **error.headers}
+                raise
+            await self._write(sse.encode(error.body()))
+            await self._end()
+        except asyncio.CancelledError:
+            exchange.interrupt()
+            await self._write(sse.encode(stopping(exchange)))
+            await self._end()
+        finally:
+            beat.cancel()
+
+    async def _relay(self, beat: asyncio.Future[None]) -> None:
+        async with aclosing(self._gateway.stream(self._exchange)) as batches:
+            async for batch in batches:
+                events = b"".join(map(sse.encode, batch))
+                if (answer := self._exchange.answer) and answer.ended:
+                    events += sse.DONE
+                await self._write(events)
+        beat.cancel()
+        await self._end()
+
+    async def _beat(self) -> None:
+        """Comments keep a silent stream alive; the first one commits to status 200."""
+        loop = asyncio.get_running_loop()
+        while True:
+            silent_until = self._spoke + HOLD
+            await asyncio.sleep(max(0.0, silent_until - loop.time()))
+            if self._spoke + HOLD <= loop.time():
+                self._exchange.committed = True
+                await self._write(sse.COMMENT)
+
+    async def _write(self, data: bytes) -> None:
+        self._spoke = asyncio.get_running_loop().time()
+        if not self._begun:
+            self._begun = True
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "x-accel-buffering": "no",
+                **answer_headers(self._exchange),
+            }
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def stopping(exchange: Exchange) -> JSON:
+    """The error event of a stream that the server's own end cuts short."""
+    error = Overloaded("The gateway is shutting down; please try again.")
+    return exchange.answer.error(error) if exchange.answer else error.body()

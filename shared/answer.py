@@ -1,0 +1,155 @@
+"""One answer on its way to the caller: whole or in chunks, always OpenAI's shape, with one honest end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.errors import GatewayError
+from shared.exchange import Exchange, now
+from shared.providers.dialect import Piece
+from shared.schema import JSON, Usage
+from shared.tokens import Meter
+
+TEXTS = ("content", "reasoning_content", "refusal")
+
+
+class Answer:
+    """Finish reasons are kept back until the end is certain, so that none is ever followed by an error.
+
+    `started`: the caller was given content. `finished`: every choice has its finish reason. `ended`: the last chunk,
+    with usage, was given out. `length` is in characters."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        exchange.answer = self
+        self.usage: Usage | None = None
+        self.meter = Meter(exchange.deployment.model)
+        self.length = 0
+        self.started = False
+        self.ended = False
+        self._finish: dict[int, tuple[str, str | None]] = {}
+        self._seen: set[int] = set()
+        chat = exchange.call.surface == "chat"
+        self._head: JSON = {
+            "id": exchange.id,
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(exchange.created),
+            "model": exchange.call.model,
+        }
+        self._empty: JSON = {"delta": {}} if chat else {"text": ""}
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._finish) and self._seen <= self._finish.keys()
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._finish[min(self._finish)][0] if self._finish else None
+
+    @property
+    def native_finish_reason(self) -> str | None:
+        return self._finish[min(self._finish)][1] if self._finish else None
+
+    def take(self, batch: list[Piece]) -> list[JSON]:
+        """The chunks to pass on now; what is no content (usage, finish reasons, fillers) is noted."""
+        chunks: list[JSON] = []
+        for body, usage in batch:
+            self.usage = usage or self.usage
+            if choices := [choice for choice in body.get("choices", ()) if self._note(choice)]:
+                body.pop("usage", None)
+                body |= self._head
+                body["choices"] = choices
+                if self._exchange.call.include_usage:
+                    body["usage"] = None
+                chunks.append(body)
+        if chunks and not self.started:
+            self.started = True
+            self._exchange.first_content = now()
+        return chunks
+
+    def _note(self, choice: JSON) -> bool:
+        """Count a streamed choice, keep its finish reason back; False when nothing is left to show."""
+        index: int = choice.setdefault("index", 0)
+        reason, native = choice.get("finish_reason"), choice.pop("native_finish_reason", None)
+        if reason:
+            self._finish.setdefault(index, (reason, native))
+        choice["finish_reason"] = None
+        first = index not in self._seen
+        self._seen.add(index)
+        delta = choice.get("delta")
+        if delta is None:
+            text = choice.setdefault("text", "")
+            self._add(text)
+            return bool(text or choice.get("logprobs"))
+        if first:
+            delta["role"] = "assistant"
+        else:
+            delta.pop("role", None)
+        self._count(delta)
+        return first or any(delta.values()) or bool(choice.get("logprobs"))
+
+    def _count(self, message: JSON) -> None:
+        for name in TEXTS:
+            if text := message.get(name):
+                self._add(text)
+        for call in message.get("tool_calls") or ():
+            function: JSON = call.get("function") or {}
+            self._add(function.get("name") or "")
+            self._add(function.get("arguments") or "")
+
+    def _add(self, text: str) -> None:
+        self.length += len(text)
+        self.meter.add(text)
+
+    def cut_short(self) -> None:
+        """Stop here for want of money: every choice that still ran ends with `length`."""
+        for index in self._seen:
+            self._finish.setdefault(index, ("length", "budget"))
+
+    def ending(self) -> list[JSON]:
+        """The finish reasons, and, with the last chunk, usage, cost and who answered."""
+        self.ended = True
+        self._exchange.answered()
+        chunks = [
+            {**self._head, "choices": [{"index": index, **self._empty, "logprobs": None, "finish_reason": reason}]}
+            for index, (reason, _) in sorted(self._finish.items())
+        ]
+        if self._exchange.call.include_usage:
+            for chunk in chunks:
+                chunk["usage"] = None
+            chunks.append({**self._head, "choices": []})
+        chunks[-1] |= {"usage": self._exchange.wire_usage(), "lightrail": self._exchange.lightrail()}
+        return chunks
+
+    def error(self, error: GatewayError) -> JSON:
+        """The error event that ends a stream instead."""
+        return {**error.body(), "id": self._exchange.id, "lightrail": self._exchange.lightrail()}
+
+    def whole(self, piece: Piece) -> JSON:
+        """A whole answer's body, with OpenAI's required fields filled in."""
+        body, exchange = piece.body, self._exchange
+        self.usage, self.started = piece.usage, True
+        exchange.first_content = now()
+        for index, choice in enumerate(body.get("choices", ())):
+            self._fill(index, choice)
+        body |= self._head
+        body["object"] = {"chat": "chat.completion", "completions": "text_completion"}.get(
+            exchange.call.surface, "list"
+        )
+        body |= {"usage": exchange.wire_usage(), "lightrail": exchange.lightrail()}
+        return body
+
+    def _fill(self, index: int, choice: JSON) -> None:
+        index = choice.setdefault("index", index)
+        reason = choice.get("finish_reason") or "stop"
+        self._finish[index] = (reason, choice.pop("native_finish_reason", None))
+        choice["finish_reason"] = reason
+        choice.setdefault("logprobs", None)
+        message: Any = choice.get("message")
+        if message is None:
+            self._add(choice.setdefault("text", ""))
+            return
+        message["role"] = "assistant"
+        message.setdefault("content", None)
+        message.setdefault("refusal", None)
+        self._count(message)

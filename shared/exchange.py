@@ -1,0 +1,221 @@
+"""One admitted request until it is settled: who was asked, what came of it, and the record that is made of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from shared import generations
+from shared.catalog import Deployment
+from shared.errors import GatewayError, ProviderError
+from shared.limits import GRACE
+from shared.prices import Cost
+from shared.providers.dialect import Outgoing
+from shared.schema import JSON, Call, Usage
+from shared.store.base import Generation, Hold, VirtualKey
+
+if TYPE_CHECKING:
+    from shared.answer import Answer
+
+UNSEEN_OUTPUT_RATE = 100.0
+"""Tokens per second that a whole answer is taken to have made when its caller hung up before it came."""
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One deployment asked: `seconds` it took, `error` if it failed."""
+
+    to: Deployment
+    began: float = field(default_factory=now)
+    seconds: float = 0.0
+    error: ProviderError | None = None
+
+    def end(self, error: ProviderError | None = None) -> None:
+        self.seconds, self.error = now() - self.began, error
+
+    def told(self) -> JSON:
+        error = self.error
+        return {
+            "provider": self.to.provider.name,
+            "model": self.to.model,
+            "error": error.fault if error else None,
+            "status": error.status if error else 200,
+            "ambiguous": bool(error and error.ambiguous),
+            "latency_ms": round(self.seconds * 1000, 1),
+        }
+
+
+class Exchange:
+    """`estimate` is the prompt's size and `output` the reserved answer's, in tokens; `created` is the wall clock.
+
+    `committed`: the caller has a status already, so an error must be an event. `enough_until`: the length of the
+    answer, in characters, to which the hold is known to suffice."""
+
+    def __init__(
+        self,
+        request_id: str,
+        key: VirtualKey,
+        call: Call,
+        candidates: Sequence[Deployment],
+        hold: Hold,
+        estimate: int,
+        output: int,
+        created: float,
+    ) -> None:
+        self.request_id = request_id
+        self.key = key
+        self.call = call
+        self.candidates = candidates
+        self.hold = hold
+        self.estimate = estimate
+        self.output = output
+        self.created = created
+        self.began = now()
+        self.deadline = self.began + hold.ttl - GRACE
+        self.bound: int | None = None
+        self.outgoing: Outgoing | None = None
+        self.attempts: list[Attempt] = []
+        self.dropped: tuple[str, ...] = ()
+        self.answer: Answer | None = None
+        self.error: GatewayError | None = None
+        self.first_content: float | None = None
+        self.committed = False
+        self.interrupted = False
+        self.enough_until = 0
+        self._usage: Usage | None = None
+
+    @property
+    def id(self) -> str:
+        return generations.PREFIX + self.request_id
+
+    @property
+    def deployment(self) -> Deployment:
+        """Who answers, or was asked last, or would have been asked first."""
+        return self.attempts[-1].to if self.attempts else self.candidates[0]
+
+    @property
+    def last_error(self) -> ProviderError | None:
+        return self.attempts[-1].error if self.attempts else None
+
+    @property
+    def upstream_seconds(self) -> float:
+        """Time spent waiting for providers' first content; what came after was spent streaming."""
+        running = [now() - attempt.began for attempt in self.attempts if not attempt.seconds]
+        spent = sum(attempt.seconds for attempt in self.attempts) + sum(running)
+        return min(spent, self.first_content - self.began) if self.first_content else spent
+
+    def attempt(self, attempt: Attempt, dropped: tuple[str, ...]) -> None:
+        self.attempts.append(attempt)
+        self.dropped = dropped
+
+    def failed(self, error: ProviderError) -> None:
+        self.attempts[-1].end(error)
+
+    def answered(self) -> None:
+        self.attempts[-1].end()
+        self.error = None
+
+    def interrupt(self) -> None:
+        """The caller hung up, or the server is stopping: what was made until now is what is charged."""
+        self.interrupted = True
+        if self.attempts and not self.attempts[-1].seconds:
+            self.attempts[-1].end()
+
+    def lightrail(self) -> JSON:
+        """The `lightrail` object of a body or last chunk."""
+        return {
+            "provider": self.deployment.provider.name,
+            "model": self.deployment.model,
+            "attempts": len(self.attempts),
+            "cache": "off",
+            "dropped": list(self.dropped),
+        }
+
+    @property
+    def usage(self) -> Usage:
+        """The provider's numbers; where there are none, an estimate of what was sent and made, marked so."""
+        if self._usage is None:
+            self._usage = self._find_usage()
+        return self._usage
+
+    def _find_usage(self) -> Usage:
+        answer = self.answer
+        if answer and answer.usage:
+            return answer.usage
+        if answer and answer.started:
+            return Usage(input=self.estimate, output=answer.meter.tokens, source="estimated")
+        if self.interrupted and self.attempts and not self.last_error:  # asked, and gone before the answer came
+            made = 0 if self.call.surface == "embeddings" else int(self.attempts[-1].seconds * UNSEEN_OUTPUT_RATE)
+            return Usage(input=self.estimate, output=min(made, self.output), source="estimated")
+        return Usage()
+
+    @property
+    def cost(self) -> tuple[Cost | None, Literal["provider", "computed", "estimated"]]:
+        """Nano-dollars and their source; None where neither the provider nor the price table knows."""
+        usage, price = self.usage, self.deployment.price
+        computed = price.cost(usage) if price else None
+        if usage.cost is not None:
+            prompt = usage.cost * computed.prompt // computed.total if computed and computed.total else usage.cost
+            return Cost(prompt, usage.cost - prompt), "provider"
+        return computed, "estimated" if usage.source == "estimated" else "computed"
+
+    def wire_usage(self) -> JSON:
+        """OpenAI's `usage`, with `cost` in dollars and where it comes from."""
+        usage, (cost, source) = generations.tokens(self.usage), self.cost
+        if self.call.surface == "embeddings":
+            usage = {"prompt_tokens": usage["prompt_tokens"], "total_tokens": usage["total_tokens"]}
+        usage["cost"] = None if cost is None else generations.dollars(cost.total)
+        usage["cost_source"] = source if cost is not None else None
+        return usage
+
+    @property
+    def status(self) -> Literal["ok", "failed", "cancelled"]:
+        return "cancelled" if self.interrupted else "failed" if self.error else "ok"
+
+    def row(self, wall: float) -> tuple[Generation, int]:
+        """The record, and the tokens used, which settle the key's TPM."""
+        cost, source = self.cost
+        answered = self.attempts and not self.last_error
+        answer = self.answer
+        doc: JSON = {
+            "model": self.deployment.model,
+            "model_requested": self.call.model,
+            "provider": self.deployment.provider.name if answered else None,
+            "status": self.status,
+            "surface": self.call.surface,
+            "stream": self.call.stream,
+            "finish_reason": answer.finish_reason if answer else None,
+            "native_finish_reason": answer.native_finish_reason if answer else None,
+            "tokens": {**generations.tokens(self.usage), "source": self.usage.source},
+            "cost": {
+                "prompt_cost": None if cost is None else generations.dollars(cost.prompt),
+                "completion_cost": None if cost is None else generations.dollars(cost.completion),
+                "total_cost": None if cost is None else generations.dollars(cost.total),
+                "currency": "USD",
+                "source": source if cost is not None else None,
+            },
+            "latency_ms": round((wall - self.created) * 1000, 1),
+            "time_to_first_token_ms": (
+                round((self.first_content - self.began) * 1000, 1) if self.first_content else None
+            ),
+            "attempts": [attempt.told() for attempt in self.attempts],
+            "provider_health": _health(self.attempts),
+            "cached": False,
+            "dropped": list(self.dropped),
+            "user": self.call.body.get("user"),
+            "error": {"code": self.error.code, "message": self.error.message} if self.error else None,
+        }
+        row = Generation(self.id, self.key.id, self.hold.start, cost.total if cost else 0, doc)
+        return row, self.usage.total
+
+
+def _health(attempts: Sequence[Attempt]) -> Literal["healthy", "degraded", "unhealthy"]:
+    if not attempts or attempts[-1].error:
+        return "unhealthy"
+    return "degraded" if len(attempts) > 1 else "healthy"

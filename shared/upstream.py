@@ -1,0 +1,282 @@
+"""The one place that calls providers: httpx, timeouts, capped reading, faults to ProviderError."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+import httpx
+import orjson
+
+from shared import sse
+from shared.catalog import Deployment
+from shared.errors import ProviderError
+from shared.providers.dialect import Dialect, Outgoing, Piece
+from shared.providers.echo import EchoTransport
+from shared.providers.openai import OpenAIDialect
+from shared.schema import JSON, Call
+from shared.settings import Settings
+
+MAX_BODY = 16 * 1024 * 1024
+MAX_ERROR_BODY = 64 * 1024
+MAX_CONNECTIONS = 1000
+IDLE_SECONDS = 10.0
+"""How long a connection may wait in the pool; servers close theirs after 15 s and more."""
+TRAILER_SECONDS = 5.0
+"""What a stream may still take, after its finish reason, to send usage and `[DONE]`."""
+DRAIN_SECONDS = 0.25
+"""What it may take, after `[DONE]`, to end the body; else the connection is not reused."""
+MAX_BAD_EVENTS = 3
+
+DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect()}
+CONTENT = ("content", "reasoning_content", "tool_calls", "refusal", "function_call", "audio")
+
+
+class Upstream:
+    """Sends for all dialects alike. Time is the event loop's; `deadline` is when the whole request must be over."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: httpx.AsyncClient | None = None
+        self._urls: dict[str, httpx.URL] = {}
+
+    @property
+    def client(self) -> httpx.AsyncClient:
+        """Made at first use: it costs a TLS context. Credentials never follow a redirect, nor the environment."""
+        if self._client is None:
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(
+                    None, connect=self._settings.connect_timeout, pool=self._settings.connect_timeout
+                ),
+                limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=IDLE_SECONDS),
+                headers={"user-agent": "lightrail", "accept-encoding": "identity"},
+                proxy=self._settings.proxy,
+                mounts={"demo://": EchoTransport()},
+                trust_env=False,
+                follow_redirects=False,
+            )
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    def prepare(self, call: Call, to: Deployment, max_tokens: int | None = None) -> Outgoing:
+        """What would be sent; raises UnsupportedParameter for what this deployment cannot be asked."""
+        return dialect_of(to).request(call, to, max_tokens)
+
+    async def complete(self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float) -> Piece:
+        """A whole answer, in OpenAI's shape; raises ProviderError."""
+        async with _faults("total_timeout"), asyncio.timeout_at(deadline), self._send(outgoing) as response:
+            await _check(response, to)
+            return dialect_of(to).completion(call, to, await _json(response))
+
+    async def stream(
+        self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float
+    ) -> AsyncGenerator[list[Piece], None]:
+        """What each read of the stream brought, beginning with its first content; raises ProviderError.
+
+        An empty list is the provider's own `[DONE]`; after it the body is only read to its end, so that the connection
+        may be reused. A stream may end without one: only finish reasons tell a whole answer. Must be iterated by one
+        task, whose cancellation is how time runs out."""
+        loop = asyncio.get_running_loop()
+        fault, patience = "first_content_timeout", to.provider.first_content_for(to.model, self._settings)
+        first_by = min(deadline, loop.time() + patience)
+        async with _faults(lambda: "total_timeout" if loop.time() >= deadline else fault):
+            async with asyncio.timeout_at(first_by) as timer, self._send(outgoing) as response:
+                await _check(response, to)
+                if response.headers.get("content-type", "").startswith("application/json"):
+                    yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
+                    return
+                reader, held = _Reader(dialect_of(to).stream(call, to)), list[Piece]()
+                gap = to.provider.gap_timeout or self._settings.gap_timeout
+                async for data in _decoded(response):
+                    if reader.done:
+                        continue
+                    pieces = held + reader.feed(data)
+                    if fault == "first_content_timeout" and not reader.done and not any(map(has_content, pieces)):
+                        held = pieces
+                        continue
+                    if fault == "first_content_timeout" and not any(map(has_content, pieces)):
+                        raise ProviderError("empty", "The provider's stream held no answer.", ambiguous=True)
+                    fault, held = "gap_timeout", []
+                    timer.reschedule(None)  # the caller's own slowness is not the provider's
+                    if pieces:
+                        yield pieces
+                    if reader.done:
+                        yield []
+                    patience = DRAIN_SECONDS if reader.done else TRAILER_SECONDS if reader.finished else gap
+                    timer.reschedule(min(deadline, loop.time() + patience))
+                reader.end()
+
+    @asynccontextmanager
+    async def _send(self, outgoing: Outgoing) -> AsyncGenerator[httpx.Response]:
+        url = self._urls.get(outgoing.url)
+        if url is None:
+            url = self._urls[outgoing.url] = httpx.URL(outgoing.url)
+        request = self.client.build_request("POST", url, headers=outgoing.headers, content=outgoing.content)
+        response = await self.client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+
+def dialect_of(to: Deployment) -> Dialect:
+    return DIALECTS[to.provider.dialect]
+
+
+def has_content(piece: Piece) -> bool:
+    """Whether the caller would see something: the border past which nobody else may answer."""
+    for choice in piece.body.get("choices", ()):
+        delta = choice.get("delta")
+        if choice.get("finish_reason") or choice.get("text") or (delta and any(delta.get(name) for name in CONTENT)):
+            return True
+    return False
+
+
+class _Reader:
+    """The bytes of one stream to pieces; drops what is no event, but not many of them, and not at the end."""
+
+    def __init__(self, translate: Callable[[str | None, JSON], list[Piece]]) -> None:
+        self._decoder = sse.Decoder()
+        self._translate = translate
+        self._bad = 0
+        self.done = False
+        self.finished = False
+
+    def feed(self, data: bytes) -> list[Piece]:
+        pieces: list[Piece] = []
+        for name, text in self._decoder.feed(data):
+            if text.strip() == b"[DONE]":
+                self.done = True  # whatever still comes is no part of this answer
+                break
+            event = _event(text)
+            if event is None:
+                self._bad += 1
+                if self._bad > MAX_BAD_EVENTS:
+                    raise ProviderError("protocol", "The provider's stream could not be read.", ambiguous=True)
+                continue
+            self._bad = 0
+            pieces += self._translate(name, event)
+        self.finished = self.finished or any(
+            choice.get("finish_reason") for piece in pieces for choice in piece.body.get("choices", ())
+        )
+        return pieces
+
+    def end(self) -> None:
+        if self._bad and not self.finished:
+            raise ProviderError("protocol", "The provider's stream ended in something unreadable.", ambiguous=True)
+
+
+def _event(text: bytes) -> JSON | None:
+    try:
+        event = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return cast("JSON", event) if isinstance(event, dict) else None
+
+
+def _as_chunk(call: Call, whole: Piece) -> Piece:
+    """A whole answer, sent where a stream was asked for, as its one chunk."""
+    body = dict(whole.body)
+    if call.surface == "chat":
+        body["choices"] = [
+            {**{k: v for k, v in choice.items() if k != "message"}, "delta": _delta(choice["message"])}
+            for choice in body["choices"]
+        ]
+    return Piece(body, whole.usage)
+
+
+def _delta(message: JSON) -> JSON:
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]} if calls else message
+
+
+async def _check(response: httpx.Response, to: Deployment) -> None:
+    """Raise what a status or content type other than an answer's means."""
+    status = response.status_code
+    if status == 200:
+        if response.headers.get("content-type", "").startswith("text/html"):
+            raise ProviderError("content_type", "The provider answered with a web page.", status=status)
+        return
+    if 300 <= status < 400:
+        raise ProviderError(
+            "redirect", "The provider answered with a redirect, which is never followed.", status=status
+        )
+    raise dialect_of(to).failure(status, response.headers, await _read(response, MAX_ERROR_BODY, cut=True))
+
+
+async def _json(response: httpx.Response) -> JSON:
+    text = await _read(response, MAX_BODY)
+    body = _event(text.strip())
+    if body is None:
+        body = _event(text.decode("utf-8-sig", "replace").encode())
+    if body is None:
+        kind = "empty" if text.strip() in (b"", b"null") else "protocol"
+        raise ProviderError(kind, "The provider's answer is not a JSON object.", ambiguous=True)
+    return body
+
+
+async def _read(response: httpx.Response, cap: int, *, cut: bool = False) -> bytes:
+    body = bytearray()
+    async for data in _decoded(response):
+        body += data
+        if len(body) > cap:
+            if cut:
+                return bytes(body[:cap])
+            raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True)
+    return bytes(body)
+
+
+async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """The body's bytes. `identity` is asked for; gzip and deflate are undone in bounded steps all the same."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        async for data in response.aiter_raw():
+            yield data
+        return
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise ProviderError("decode", "The provider's answer has an encoding that was not asked for.")
+    inflater, total = zlib.decompressobj(wbits=47), 0  # 47: gzip or zlib, whichever its header says
+    async for data in response.aiter_raw():
+        while data:
+            try:
+                plain = inflater.decompress(data, 65536)
+            except zlib.error:
+                raise ProviderError("decode", "The provider's answer could not be decompressed.") from None
+            data, total = inflater.unconsumed_tail, total + len(plain)
+            if total > MAX_BODY:
+                raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True)
+            yield plain
+
+
+@asynccontextmanager
+async def _faults(timed_out: str | Callable[[], str]) -> AsyncGenerator[None]:
+    """httpx's and asyncio's exceptions as faults; `timed_out` names what a TimeoutError means here."""
+    try:
+        yield
+    except sse.TooLong:
+        raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True) from None
+    except TimeoutError:
+        fault = timed_out if isinstance(timed_out, str) else timed_out()
+        raise ProviderError(fault, "The provider did not answer in time.", ambiguous=True) from None
+    except httpx.ConnectTimeout as error:
+        raise ProviderError("connect_timeout", "The provider could not be reached in time.") from error
+    except httpx.ConnectError as error:
+        raise ProviderError("connect", "The provider could not be reached.") from error
+    except httpx.PoolTimeout as error:
+        raise ProviderError("pool_timeout", "Too many requests to this provider are open.") from error
+    except (httpx.ReadError, httpx.WriteError, httpx.CloseError) as error:
+        raise ProviderError("disconnected", "The provider closed the connection.", ambiguous=True) from error
+    except httpx.RemoteProtocolError as error:
+        if "without sending a response" in str(error):
+            message = "The provider closed the connection before it answered."
+            raise ProviderError("closed_before_headers", message, ambiguous=True) from error
+        kind = "disconnected" if "closed connection" in str(error) else "protocol"
+        raise ProviderError(kind, "The provider's answer was cut short or malformed.", ambiguous=True) from error
+    except (httpx.HTTPError, httpx.StreamError) as error:
+        raise ProviderError("protocol", "The provider's answer could not be read.", ambiguous=True) from error
