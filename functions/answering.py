@@ -17,7 +17,7 @@ from shared.schema import JSON, Surface, parse
 
 
 async def answer(surface: Surface, request: Request, caller: Credential, services: Services) -> Response:
-    """Answer one model call; raises GatewayError for whatever refuses it. The envelope settles what is admitted here."""
+    """Answer one model call; raises GatewayError for whatever refuses it. What is admitted, the envelope settles."""
     told: JSON = request.state.told
     raw = await body(request, services.settings)
     try:

@@ -103,7 +103,7 @@ async def unstoppable(work: Coroutine[Any, Any, None]) -> None:
 
 
 class Envelope:
-    """Around every answer: its id, its time, `no-store`; settling and one log line; an error of ours where code failed."""
+    """Around every answer: its id and time, `no-store`, settling, one log line; an error of ours where code failed."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
@@ -143,10 +143,11 @@ class Envelope:
                 raise
             await JSONBytes(error.body(), status_code=error.status)(scope, receive, enveloped)
         finally:
-            await unstoppable(self._finish(told))
+            await unstoppable(self._finish(told, began))
 
-    async def _finish(self, told: dict[str, Any]) -> None:
+    async def _finish(self, told: dict[str, Any], began: float) -> None:
         """After the caller's last byte: record and settle a model call, then tell the log."""
+        told["ms"] = told["ms"] or round((time.perf_counter() - began) * 1000, 2)
         if exchange := told.pop("exchange", None):
             told |= generations.summary(await self._services.gateway.close(exchange))
         self._services.telemetry.request(told)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -21,6 +23,10 @@ from shared.telemetry import Telemetry
 from shared.upstream import Upstream
 
 
+LAST_WORDS = 10.0
+"""Seconds that open requests have to settle when the process ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     settings: Settings
@@ -34,8 +40,10 @@ class Services:
     started: float = field(default_factory=time.time)
 
     async def close(self) -> None:
-        """End well: open requests settle first, then connections close."""
-        await self.gateway.drained()
+        """End well: open requests settle first, then connections close. What cannot settle now, the sweep will."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await self.gateway.drained()
         await self.upstream.close()
         await self.store.close()
 

@@ -115,9 +115,8 @@ class Server(uvicorn.Server):
         catalog, lines = self._services.catalog, ["", f"Lightrail serves on {address}", ""]
         for role, (key, new) in self._keys.items():
             where = FOLDER / f"{role}-key"
-            lines.append(
-                f"  {role} key   {key if new else f'{key[:6]}***'}   ({'shown this once; ' if new else ''}kept in {where})"
-            )
+            shown, once = (key, "shown this once; ") if new else (f"{key[:6]}***", "")
+            lines.append(f"  {role} key   {shown}   ({once}kept in {where})")
         if self._services.settings.lr_admin_key:
             lines.append("  admin key  LR_ADMIN_KEY; make user keys with POST /admin/keys")
         on = catalog.on()

@@ -24,6 +24,9 @@ PLAIN_ID = re.compile(r"(?!.*(?:\.\.|//|/\.))[A-Za-z0-9@][A-Za-z0-9._:@/+-]{0,19
 """A model id, never a path, a query or an escape; ids with slashes are common (`accounts/fireworks/models/x`)."""
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
+ECHOED = ("annotations", "refusal", "audio", "reasoning_details", "cache_control", "prompt_cache_breakpoint")
+"""Fields of messages that clients echo back, or write for one provider, and that most others refuse."""
+
 
 class ConfigError(ValueError):
     """Something in `gateway.toml` or in a provider's variable is wrong; the message names it, never a secret."""
@@ -84,8 +87,9 @@ class Provider(Row):
     defaults: Mapping[str, Any] = {}  # sent unless the caller says otherwise
     keeps: tuple[str, ...] = ()  # extensions of ours that are also its own
     developer: bool = True  # whether it knows the role; else `system`
-    strips: tuple[str, ...] = ()  # fields of messages that it refuses
+    strips: tuple[str, ...] = ECHOED  # fields of messages that it refuses
     echoes_reasoning: str | None = None  # under which name it takes reasoning back in the history
+    bare_audio: bool = False  # audio parts hold the base64 itself
     tool_id_length: int | None = None  # tool call ids must be this many ASCII letters and digits
 
     reasoning_on_top: bool = False  # reasoning tokens are not counted in `completion_tokens`

@@ -427,11 +427,9 @@ def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
         case "union_tag_not_found" if isinstance(value, dict):
             return _missing(f"{param}.role")
         case "union_tag_invalid":
-            return InvalidRequest(
-                f"Invalid value: '{str(context.get('tag'))[:64]}'. Supported values are: {context.get('expected_tags')}.",
-                param=f"{param}.role",
-                code="invalid_value",
-            )
+            tag, tags = str(context.get("tag"))[:64], context.get("expected_tags")
+            message = f"Invalid value: '{tag}'. Supported values are: {tags}."
+            return InvalidRequest(message, param=f"{param}.role", code="invalid_value")
         case "literal_error" if isinstance(value, str):
             message, code = (
                 f"Invalid value: '{value[:64]}'. Supported values are: {context['expected']}.",

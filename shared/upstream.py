@@ -38,8 +38,9 @@ CONTENT = ("content", "reasoning_content", "tool_calls", "refusal", "function_ca
 class Upstream:
     """Sends for all dialects alike. Time is the event loop's; `deadline` is when the whole request must be over."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings
+        self._transport = transport
         self._client: httpx.AsyncClient | None = None
         self._urls: dict[str, httpx.URL] = {}
 
@@ -55,6 +56,7 @@ class Upstream:
                 headers={"user-agent": "lightrail", "accept-encoding": "identity"},
                 proxy=self._settings.proxy,
                 mounts={"demo://": EchoTransport()},
+                transport=self._transport,
                 trust_env=False,
                 follow_redirects=False,
             )
@@ -85,32 +87,32 @@ class Upstream:
         loop = asyncio.get_running_loop()
         fault, patience = "first_content_timeout", to.provider.first_content_for(to.model, self._settings)
         first_by = min(deadline, loop.time() + patience)
-        async with _faults(lambda: "total_timeout" if loop.time() >= deadline else fault):
-            async with asyncio.timeout_at(first_by) as timer, self._send(outgoing) as response:
-                await _check(response, to)
-                if response.headers.get("content-type", "").startswith("application/json"):
-                    yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
-                    return
-                reader, held = _Reader(dialect_of(to).stream(call, to)), list[Piece]()
-                gap = to.provider.gap_timeout or self._settings.gap_timeout
-                async for data in _decoded(response):
-                    if reader.done:
-                        continue
-                    pieces = held + reader.feed(data)
-                    if fault == "first_content_timeout" and not reader.done and not any(map(has_content, pieces)):
-                        held = pieces
-                        continue
-                    if fault == "first_content_timeout" and not any(map(has_content, pieces)):
-                        raise ProviderError("empty", "The provider's stream held no answer.", ambiguous=True)
-                    fault, held = "gap_timeout", []
-                    timer.reschedule(None)  # the caller's own slowness is not the provider's
-                    if pieces:
-                        yield pieces
-                    if reader.done:
-                        yield []
-                    patience = DRAIN_SECONDS if reader.done else TRAILER_SECONDS if reader.finished else gap
-                    timer.reschedule(min(deadline, loop.time() + patience))
-                reader.end()
+        faults = _faults(lambda: "total_timeout" if loop.time() >= deadline else fault)
+        async with faults, asyncio.timeout_at(first_by) as timer, self._send(outgoing) as response:
+            await _check(response, to)
+            if response.headers.get("content-type", "").startswith("application/json"):
+                yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
+                return
+            reader, held = _Reader(dialect_of(to).stream(call, to)), list[Piece]()
+            gap = to.provider.gap_timeout or self._settings.gap_timeout
+            async for data in _decoded(response):
+                if reader.done:
+                    continue
+                pieces = held + reader.feed(data)
+                if fault == "first_content_timeout" and not reader.done and not any(map(has_content, pieces)):
+                    held = pieces
+                    continue
+                if fault == "first_content_timeout" and not any(map(has_content, pieces)):
+                    raise ProviderError("empty", "The provider's stream held no answer.", ambiguous=True)
+                fault, held = "gap_timeout", []
+                timer.reschedule(None)  # the caller's own slowness is not the provider's
+                if pieces:
+                    yield pieces
+                if reader.done:
+                    yield []
+                patience = DRAIN_SECONDS if reader.done else TRAILER_SECONDS if reader.finished else gap
+                timer.reschedule(min(deadline, loop.time() + patience))
+            reader.end()
 
     @asynccontextmanager
     async def _send(self, outgoing: Outgoing) -> AsyncGenerator[httpx.Response]:

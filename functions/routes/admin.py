@@ -50,7 +50,7 @@ async def usage(request: Request, _: Administrator, services: Offered) -> JSONBy
 
 @router.get("/generations", response_model=None)
 async def list_generations(request: Request, _: Administrator, services: Offered) -> JSONBytes:
-    """One key's records of one day (`key`, `day`: YYYY-MM-DD, UTC), oldest first, a page at a time (`after`, `limit`)."""
+    """One key's records of a day (`key`, `day`: YYYY-MM-DD, UTC), oldest first, by pages (`after`, `limit`)."""
     asked = _known(request.query_params, "key", "day", "after", "limit")
     if "key" not in asked:
         raise InvalidRequest("Name a key: ?key=<id>.", param="key", code="missing_required_parameter")

@@ -224,9 +224,11 @@ def chat(body: JSON, row: Provider) -> Piece:
     """A whole chat answer."""
     usage = _whole(body, row)
     for choice in body["choices"]:
-        message: JSON | None = choice.get("message")
-        if not isinstance(message, dict):
-            raise ProviderError("empty", EMPTY, ambiguous=True)
+        if not choice.get("message"):
+            if not choice.get("finish_reason"):
+                raise ProviderError("empty", EMPTY, ambiguous=True)
+            choice["message"] = {"role": "assistant"}  # Azure, where its filter caught the answer
+        message: JSON = choice["message"]
         choice.pop("delta", None)  # Perplexity
         message.setdefault("content", None)
         for call in tidy(message) or ():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -22,6 +22,8 @@ PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings
 PARAMETERS = {"json_object": "response_format", "json_schema": "response_format"}
 """Which parameter a feature is, where it has another name; what is no parameter is a part of a message."""
 REASONING = ("reasoning_content", "reasoning")
+CACHE_POINTS = ("cache_control", "prompt_cache_breakpoint")
+"""What `strips` takes from the parts of a message, too: Anthropic's, and OpenAI's own."""
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -182,6 +184,8 @@ def _message(message: JSON, row: Provider) -> JSON:
     }
     if row.echoes_reasoning and (reasoning := message.get("reasoning_content") or message.get("reasoning")):
         sent[row.echoes_reasoning] = reasoning
+    if isinstance(sent.get("content"), list):
+        sent["content"] = [_part(part, row) for part in cast("list[JSON]", sent["content"])]
     if sent.get("tool_calls") == []:
         del sent["tool_calls"]
     if sent["role"] == "developer" and not row.developer:
@@ -192,6 +196,14 @@ def _message(message: JSON, row: Provider) -> JSON:
         if call_id := sent.get("tool_call_id"):
             sent["tool_call_id"] = _short_id(call_id, length)
     return sent
+
+
+def _part(part: JSON, row: Provider) -> JSON:
+    match part:
+        case {"type": "input_audio", "input_audio": {"data": data}} if row.bare_audio:
+            return {**part, "input_audio": data}
+        case _:
+            return {name: value for name, value in part.items() if name not in CACHE_POINTS or name not in row.strips}
 
 
 def _short_id(call_id: str, length: int) -> str:
