@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-ADMIN_KEY = "admin-key-of-the-tests-Yw7uP2"
-PEPPER = "pepper-of-the-tests-Qk94Zs"
-PROVIDER_KEY = "sk-provider-key-of-the-tests-8Hn3"
+ADMIN_KEY = "Yw7uP2mXq9Lk4TzRb8Vn3Gd"
+PEPPER = "Qk94ZsHf6Wj1Nc8Tx5Br2Mv"
+PROVIDER_KEY = "sk-8Hn3Jq7Wc2Zt5Kx9Vd4Bm6"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import orjson
 
-from shared.catalog import Provider
+from shared.config import Provider
 from shared.errors import ProviderError
 from shared.providers import refusals
 from shared.providers.dialect import Piece

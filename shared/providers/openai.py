@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import orjson
 
-from shared.catalog import Deployment, Provider
+from shared.catalog import Deployment
+from shared.config import Provider
 from shared.errors import ProviderError, UnsupportedParameter
 from shared.providers import answers, refusals
 from shared.providers.dialect import Outgoing, Piece, Translate
@@ -147,7 +148,7 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, set[str
     return body, dropped
 
 
-_STORED = frozenset({"store"})  # with a session, `store` is ours: design of the request extensions
+_STORED = frozenset({"store"})  # in a session it means our own history
 _NONE = frozenset[str]()
 
 

@@ -115,7 +115,7 @@ def failure(status: int, headers: Mapping[str, str], content: bytes) -> Provider
     try:
         said = _said(orjson.loads(text))
     except orjson.JSONDecodeError:
-        said = Said(message="" if page else text)
+        said = Said(message="" if page or text.startswith(("{", "[")) else text)
     fault = "protocol" if page and status == 404 else fault_of(status, said)
     waits = fault in ("rate_limit", "overloaded")
     return _error(fault, status, said, retry_after(headers, said.message) if waits else None)
@@ -224,16 +224,21 @@ SECRETS = (
     (re.compile(r"\bAIza[\w-]{20,}|\beyJ[\w-]+\.[\w.-]+|\bAKIA[A-Z0-9]{12,}"), "[key]"),
     (re.compile(r"(?i)\b(?:org|organization|proj|project|acct|account|user|team)[-_](?=\w*\d)\w{6,}"), "[id]"),
     (re.compile(r"(?i)\barn:[\w:/.-]+|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b|\b\d{12}\b"), "[id]"),
-    (re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]+\w"), "[address]"),
+    (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.[\w.-]+\w"), "[address]"),
     (re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b"), "[host]"),
-    (re.compile(r"(?i)\b(?:[a-z0-9-]+\.)+(?:com|net|org|io|ai|dev|app|cloud|internal|local|svc)\b(?::\d+)?"), "[host]"),
+    (
+        re.compile(
+            r"(?i)(?<![\w.-])(?:[a-z0-9-]{1,63}\.){1,9}(?:com|net|org|io|ai|dev|app|cloud|internal|local|svc)\b(?::\d+)?"
+        ),
+        "[host]",
+    ),
     (re.compile(r"\b(?=\w*\d)(?=\w*[a-zA-Z])\w{32,}\b"), "[id]"),
 )
 
 
 def clean(text: str) -> str:
     """For the caller's eyes: without keys, account ids, hosts and URLs, on one line of `MAX_MESSAGE` characters."""
-    text = " ".join(text[: 8 * MAX_MESSAGE].split())
+    text = " ".join(text[: 4 * MAX_MESSAGE].split())
     for pattern, instead in SECRETS:
         text = pattern.sub(instead, text)
     text = "".join(c for c in text if c.isprintable())

@@ -6,8 +6,8 @@ key the store holds what is left, never what was used: conditions can compare, b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 UNLIMITED = 10**18
@@ -45,8 +45,11 @@ class Hold:
         return self.start + self.ttl
 
     def pack(self) -> int:
-        """All four in one number of at most 38 digits, DynamoDB's limit: an item's size is what admission costs."""
-        return ((self.money * 10**9 + self.tokens) * 10**10 + self.start) * 10**4 + self.ttl
+        """All four in one number of at most 38 digits, DynamoDB's limit: an item's size is what admission costs.
+
+        Above a million dollars or a billion tokens, which only an unlimited key can hold, it says just that."""
+        money, tokens = min(self.money, 10**15 - 1), min(self.tokens, 10**9 - 1)
+        return ((money * 10**9 + tokens) * 10**10 + self.start) * 10**4 + self.ttl
 
     @classmethod
     def unpack(cls, packed: int) -> Hold:
@@ -94,10 +97,19 @@ class VirtualKey:
     def has_money_limit(self) -> bool:
         return not (is_unlimited(self.daily_budget) and is_unlimited(self.balance))
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """What an untouched window holds, by the first letter of its name."""
+        return {"r": self.rpm, "t": self.tpm, "d": self.daily_budget}
+
     def left(self, kind: Literal["r", "t", "d"], window: int) -> int:
         """What is left of rpm, tpm or the daily budget in the given minute or day."""
-        limit = {"r": self.rpm, "t": self.tpm, "d": self.daily_budget}[kind]
-        return self.windows.get(f"{kind}{window}", limit)
+        return self.left_in(f"{kind}{window}")
+
+    def left_in(self, window: str) -> int:
+        """The same, of a window by its name."""
+        left = self.windows.get(window)
+        return self.limits[window[0]] if left is None else left
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,16 +207,91 @@ def refusal(key: VirtualKey | None, ask: Ask) -> Reason | None:
     return next((reason for refused, reason in checks if refused), None)
 
 
+def verdict(key: VirtualKey | None, ask: Ask) -> Admitted | Refused | None:
+    """What the key as it stands answers to `ask`; None where nothing refuses it and it is yet to be reserved."""
+    reason = refusal(key, ask)
+    if key is None or reason == "unknown":
+        return Refused("unknown", None)
+    if ask.request_id in key.open:
+        return Admitted(key)
+    return Refused(reason, key) if reason else None
+
+
 def knows(key: VirtualKey, key_hash: str, now: int) -> bool:
     """Whether the hash is the key's own, or the one it had before a rotation whose grace period still runs."""
     return key.hash == key_hash or (key.old_hash == key_hash and key.old_until > now)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What one step adds to a key; `windows` by name. Each move adds up to nothing with the hold it opens or closes."""
+
+    balance: int
+    windows: Mapping[str, int]
+    spent: int = 0
+    requests: int = 0
+
+    @classmethod
+    def admitting(cls, hold: Hold) -> Move:
+        taken = {f"r{hold.minute}": -1, f"t{hold.minute}": -hold.tokens, f"d{hold.day}": -hold.money}
+        return cls(-hold.money, taken)
+
+    @classmethod
+    def extending(cls, old: Hold, new: Hold) -> Move:
+        return cls(old.money - new.money, {f"d{old.day}": old.money - new.money})
+
+    @classmethod
+    def settling(cls, hold: Hold, cost: int, tokens: int, now: int) -> Move:
+        back = {f"t{hold.minute}": hold.tokens - tokens, f"d{hold.day}": hold.money - cost}
+        return cls(hold.money - cost, current(back, now), spent=cost, requests=1)
+
+    @classmethod
+    def releasing(cls, hold: Hold, now: int) -> Move:
+        back = {f"r{hold.minute}": 1, f"t{hold.minute}": hold.tokens, f"d{hold.day}": hold.money}
+        return cls(hold.money, current(back, now))
+
+
+SECONDS = {"r": 60, "t": 60, "d": 86400}
+"""The length of a window, by the first letter of its name."""
+
+
+def age(window: str, now: int) -> int:
+    """How many windows of its kind ago this one was current."""
+    return now // SECONDS[window[0]] - int(window[1:])
+
+
+def current(windows: Mapping[str, int], now: int) -> dict[str, int]:
+    """What goes back into a window that is over helps nobody."""
+    return {name: amount for name, amount in windows.items() if age(name, now) == 0}
+
+
+def stale(windows: Iterable[str], now: int) -> list[str]:
+    """The windows that may go. Those just over stay, lest a slow clock or a late retry opens one anew."""
+    return [name for name in windows if age(name, now) > (1 if name[0] == "d" else 2)]
+
+
+CHANGEABLE = tuple(each.name for each in fields(KeyChange) if each.name not in ("all_models", "balance"))
+
+
+def changed(key: VirtualKey, change: KeyChange, now: int) -> VirtualKey:
+    """The key with the change; a new limit moves what is left in its windows by the difference."""
+    given: dict[str, Any] = {name: value for name in CHANGEABLE if (value := getattr(change, name)) is not None}
+    if change.all_models:
+        given["models"] = None
+    if change.balance is not None:
+        credit = change.balance + key.spent
+        given |= {"credit": credit, "balance": key.balance + credit - key.credit}
+    wanted = replace(key, **given)
+    more = {kind: limit - key.limits[kind] for kind, limit in wanted.limits.items() if limit != key.limits[kind]}
+    moved = {*(name for name in key.windows if name[0] in more), *(f"{kind}{now // SECONDS[kind]}" for kind in more)}
+    return replace(wanted, windows={**key.windows, **{name: key.left_in(name) + more[name[0]] for name in moved}})
 
 
 class Store(Protocol):
     """Every method may raise `errors.StoreUnavailable`, nothing else; each is safe to send twice."""
 
     async def add_key(self, key: VirtualKey) -> bool:
-        """Put a new key; False when the id is taken."""
+        """Put a new key; False when the id is taken, though not by this very key: that is a lost reply."""
         ...
 
     async def key(self, key_id: str) -> VirtualKey | None:
@@ -226,13 +313,14 @@ class Store(Protocol):
         ...
 
     async def extend(self, key_id: str, request_id: str, old: Hold, new: Hold) -> bool:
-        """Raise an open hold's money, if balance and budget allow; True also where that was done already."""
+        """Raise an open hold's money, and that alone, if balance and budget allow; True also where that was done."""
         ...
 
     async def settle(self, key_id: str, request_id: str, hold: Hold, cost: int, tokens: int, now: int) -> bool:
         """Charge `cost`, give the rest back (tokens and budget only within their own window), close the hold.
 
-        False when it is not open, which is success: somebody settled it already."""
+        What stands in the store is closed, should `hold` no longer be that. False when it is not open, which is
+        success: somebody settled it already."""
         ...
 
     async def release(self, key_id: str, request_id: str, hold: Hold, now: int) -> bool:
@@ -244,11 +332,13 @@ class Store(Protocol):
         ...
 
     async def generation(self, generation_id: str) -> Generation | None:
-        """Read one row consistently."""
+        """Read one row consistently; an expired one is not there."""
         ...
 
     async def generations(self, key_id: str, day: int, after: str = "", limit: int = 100) -> list[Generation]:
-        """The rows of one key and day with ids above `after`, in order of id, at most `limit`; may lag a moment."""
+        """The rows of one key and day with ids above `after`, in order of id; may lag a moment.
+
+        `limit` of them, or fewer where those are the last."""
         ...
 
     async def roll_up(self, rollup: Rollup) -> bool:
@@ -259,4 +349,6 @@ class Store(Protocol):
         """The rollups of one key, by day, both ends included."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let go of threads and files; the next call opens them again."""
+        ...

@@ -38,7 +38,7 @@ class Plan:
     chunks: int
 
 
-FULL = Plan(rounds=8, starts=5, requests=250, streams=40, paced=16, firsts=20, chunks=200)
+FULL = Plan(rounds=7, starts=5, requests=250, streams=40, paced=16, firsts=20, chunks=200)
 QUICK = Plan(rounds=1, starts=1, requests=20, streams=4, paced=4, firsts=3, chunks=20)
 
 Figures = dict[str, dict[str, list[float]]]
@@ -140,7 +140,7 @@ def cpu(server: Server) -> Iterator[list[float]]:
     yield spent
     time.sleep(0.05)
     after = process.cpu_times()
-    spent[0] = after.user + after.system - before.user - before.system
+    spent[0] = max(0.0, after.user + after.system - before.user - before.system)
 
 
 def note_start(figures: Figures, who: str, server: Server) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.catalog import Catalog, ConfigError, Provider
+from shared.catalog import Catalog
+from shared.config import ConfigError, Provider
 from shared.errors import ModelNotFound, NoProvider
 from shared.prices import FREE, Price, PriceTable
 from shared.settings import Settings
@@ -248,11 +249,12 @@ def test_a_mistake_is_named_by_file_and_field(tmp_path: Path, toml: str, told: s
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["https://host/v1?key=1", "host", "https://a b/", "https://user:pw@host/v1"])
+@pytest.mark.parametrize("value", ["https://host/v1?key=1", "just-a-name", "https://a b/", "https://user:pw@host/v1"])
 def test_a_wrong_variable_is_named_without_its_value(value: str) -> None:
     with pytest.raises(ConfigError, match="OPENAI_BASE_URL") as caught:
         load(OPENAI_API_KEY="k", OPENAI_BASE_URL=value)
     assert value not in str(caught.value)
+    assert ".toml" not in str(caught.value)
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         load(OPENAI_API_KEY="sk-\u2028x")
 

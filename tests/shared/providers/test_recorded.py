@@ -413,13 +413,6 @@ def test_a_request_meant_for_openai_is_valid_elsewhere(case: Case, provider: str
         assert refused.param  # noqa: PT017 - the other honest outcome
         return
     allowed = wrong("openai", case.sent)
-    only_openai = {
-        "prompt_cache_options",
-        "moderation",
-        "web_search_options",
-        "prompt_cache_key",
-        "prediction",
-        "store",
-    }
+    only_openai = {"prompt_cache_options", "moderation", "web_search_options"}
     built = {name: value for name, value in built.items() if name not in only_openai}
     assert wrong(provider, built) <= allowed

@@ -1,0 +1,232 @@
+"""What is configured: the providers as shipped, and `gateway.toml` as the deployer wrote it, both checked."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from shared.schema import JSON
+from shared.settings import Settings
+
+ROWS = Path(__file__).with_name("providers") / "providers.toml"
+PLAIN_ID = re.compile(r"(?!.*(?:\.\.|//|/\.))[A-Za-z0-9@][A-Za-z0-9._:@/+-]{0,198}(?<!/)")
+"""A model id, never a path, a query or an escape; ids with slashes are common (`accounts/fireworks/models/x`)."""
+PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+ECHOED = ("annotations", "refusal", "audio", "reasoning_details", "cache_control", "prompt_cache_breakpoint")
+"""Fields of messages that clients echo back, or write for one provider, and that most others refuse."""
+
+
+class ConfigError(ValueError):
+    """Something in `gateway.toml` or in a provider's variable is wrong; the message names it, never a secret."""
+
+
+class Row(BaseModel):
+    """Unknown fields are refused: a misspelt one would do nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ReportedCost(Row):
+    """Where in `usage` the provider says what it charged (`cost.total_cost`), and how many units are a dollar."""
+
+    path: str
+    per_usd: int = Field(default=1, gt=0)
+
+
+class Provider(Row):
+    """A company's endpoint, our account there, and everything in which its wire differs from OpenAI's.
+
+    Models are named by shell patterns (`gpt-5*`); parameters and features as in `Call.features`."""
+
+    name: str
+    title: str = ""  # as people are shown it
+    dialect: str = "openai"
+    base_url: str = ""  # the API root, without a slash at the end
+    root_path: str = ""  # what a base URL that names only a host lacks
+    auth: Literal["bearer", "api-key"] = "bearer"  # the header that carries the key
+    api_key: SecretStr | None = Field(default=None, repr=False)  # from the environment only
+    requires: tuple[Literal["api_key", "base_url"], ...] = ("api_key",)  # the variables that switch it on
+    enabled: bool | None = None  # false: off; true: on without its variables
+    priority: int = 100  # the lowest comes first
+    default_model: str | None = None  # for `/generate` and round robin
+    prices: str | None = None  # its name in the price table
+    lists: tuple[str, ...] = ("*",)  # models of the price table that it serves on our surfaces; "!…" takes away
+    id_prefix: str = ""  # what the price table leaves out of its ids
+    free: bool = False  # nobody is charged for its tokens
+    local: bool = False  # on the deployer's own machines
+
+    first_content_timeout: float | None = Field(default=None, gt=0)  # seconds; else the settings'
+    gap_timeout: float | None = Field(default=None, gt=0)
+    slow: Mapping[str, float] = {}  # seconds to the first content, by model pattern
+
+    completions: tuple[str, ...] = ()  # models with a /completions of their own; others are asked by chat
+    embeddings: tuple[str, ...] = ()  # models that may be asked for embeddings
+    base64: bool = False  # whether it knows `encoding_format`
+    token_ids: bool = False  # whether prompts and inputs may be token ids
+
+    output_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # the name that chat takes
+    stream_options: bool = True  # whether it must, and may, be asked for usage in streams
+    obfuscation: bool = False  # whether it pads streamed chunks unless told not to
+    renames: Mapping[str, str] = {}  # parameters under another name
+    drops: tuple[str, ...] = ()  # tuning parameters that it refuses: left out, and the caller is told
+    drops_by_model: Mapping[str, tuple[str, ...]] = {}
+    refuses: tuple[str, ...] = ()  # features that it lacks and that change what the answer means
+    tool_choice: Mapping[str, str] = {}  # its own words
+    defaults: Mapping[str, Any] = {}  # sent unless the caller says otherwise
+    keeps: tuple[str, ...] = ()  # extensions of ours that are also its own
+    developer: bool = True  # whether it knows the role; else `system`
+    strips: tuple[str, ...] = ECHOED  # fields of messages that it refuses
+    echoes_reasoning: str | None = None  # under which name it takes reasoning back in the history
+    bare_audio: bool = False  # audio parts hold the base64 itself
+    tool_id_length: int | None = None  # tool call ids must be this many ASCII letters and digits
+
+    reasoning_on_top: bool = False  # reasoning tokens are not counted in `completion_tokens`
+    cost: ReportedCost | None = None
+
+    def first_content_for(self, model: str, settings: Settings) -> float:
+        """Seconds that a stream of this model may take to its first content."""
+        slow = (seconds for pattern, seconds in self.slow.items() if fnmatchcase(model, pattern))
+        return max(self.first_content_timeout or settings.first_content_timeout, next(slow, 0))
+
+    def has(self, surface: Literal["completions", "embeddings"], model: str) -> bool:
+        return any(fnmatchcase(model, pattern) for pattern in getattr(self, surface))
+
+    def dropped(self, model: str) -> set[str]:
+        """The tuning parameters that this model is not sent."""
+        found = set(self.drops)
+        for pattern, names in self.drops_by_model.items():
+            if fnmatchcase(model, pattern):
+                found.update(names)
+        return found
+
+    def variable(self, what: str) -> str:
+        """`GROQ_API_KEY`."""
+        return f"{self.name.upper().replace('-', '_')}_{what.upper()}"
+
+    @property
+    def missing(self) -> list[str]:
+        """What keeps it from being on: variables by their names, or the switch."""
+        if self.enabled is False:
+            return ["enabled = true"]
+        unset = [what for what in self.requires if not getattr(self, what)] if self.enabled is None else []
+        return [self.variable(what) for what in unset] or ([] if self.base_url else [self.variable("base_url")])
+
+
+class Entry(Row):
+    """One line of an alias: the lowest `priority` is tried first; among equals, `weight` shares."""
+
+    provider: str
+    model: str
+    weight: int = Field(default=1, ge=1)
+    priority: int = 0
+    enabled: bool = True
+
+
+class Rates(Row):
+    """US dollars per million tokens."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal | None = None
+    cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+
+
+class Facts(Row):
+    """What a deployer knows of a model; naming it here also lists it."""
+
+    context_window: int | None = Field(default=None, gt=0)
+    max_output: int | None = Field(default=None, gt=0)
+    capabilities: tuple[str, ...] = ()
+
+
+NO_FACTS = Facts()
+
+
+class GatewayFile(Row):
+    """`gateway.toml`. Prices and models are keyed `provider/model`; the price `default` is for all that have none."""
+
+    providers: dict[str, dict[str, Any]] = {}
+    aliases: dict[str, tuple[Entry, ...]] = {}
+    prices: dict[str, Rates] = {}
+    models: dict[str, Facts] = {}
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def _checked(kind: type[Checked], given: Mapping[str, Any], where: str) -> Checked:
+    try:
+        return kind.model_validate(given)
+    except ValidationError as refused:
+        wrong = refused.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise ConfigError(f"{where}{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+
+
+def read(path: Path) -> tuple[list[Provider], GatewayFile]:
+    """The shipped rows, changed and added to by the file at `path`, and that file. Raises ConfigError."""
+    with in_file(path):
+        given = tomllib.loads(path.read_text("utf-8"), parse_float=Decimal) if path.is_file() else {}
+        file = _checked(GatewayFile, given, "")
+        rows: dict[str, JSON] = tomllib.loads(ROWS.read_text("utf-8"))
+        names = {**rows, **file.providers}
+        return [_provider(name, rows.get(name, {}), file.providers.get(name, {})) for name in names], file
+
+
+@contextmanager
+def in_file(path: Path) -> Generator[None]:
+    try:
+        yield
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}: {wrong}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as wrong:
+        raise ConfigError(f"{path}: not TOML: {wrong}") from None
+
+
+def _provider(name: str, shipped: JSON, given: JSON) -> Provider:
+    """A row as shipped and as the deployer changed it."""
+    where = f"providers.{name}"
+    if not PROVIDER_NAME.fullmatch(name):
+        raise ConfigError(f"{where}: not a name for a provider: lower-case letters, digits, - and _")
+    row = _checked(Provider, {"name": name, "title": name, **shipped, **given}, f"{where}.")
+    if row.api_key is not None:
+        raise ConfigError(f"{where}.api_key: keys belong in the environment: set {row.variable('api_key')}")
+    if row.base_url:
+        return row.model_copy(update={"base_url": _base_url(row.base_url, row.root_path, f"{where}.base_url")})
+    if "base_url" not in row.requires:
+        raise ConfigError(f'{where}.base_url: is needed, or requires = ["base_url"]')
+    return row
+
+
+def with_account(row: Provider, settings: Settings, *, on: bool) -> Provider:
+    """The row with what the environment says about our account."""
+    update: JSON = {"enabled": True} if on else {}
+    if key := settings.provider_variables.get(row.variable("api_key"), "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"{row.variable('api_key')}: has characters that no header can carry")
+        update["api_key"] = SecretStr(key)
+    if url := settings.provider_variables.get(row.variable("base_url"), "").strip():
+        update["base_url"] = _base_url(url, row.root_path, row.variable("base_url"))
+    return row.model_copy(update=update)
+
+
+def _base_url(url: str, root_path: str, source: str) -> str:
+    """Without the slash at its end; anything but scheme, host, port and path would be lost or leak."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.hostname and parts.port != 0 and "@" not in parts.netloc and not (parts.query or parts.fragment)
+    except ValueError:
+        parts, plain = urlsplit(""), False
+    if not plain or parts.scheme not in ("http", "https", "demo") or re.search(r"[\s\\]", url):
+        raise ConfigError(f"{source}: not a plain URL such as https://host/v1")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or root_path}"

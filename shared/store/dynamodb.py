@@ -1,0 +1,434 @@
+"""The production store: one DynamoDB table, each step of a request one conditional write.
+
+Items, by `pk` and `sk`:
+
+`KEY#<id>` `KEY`: a virtual key. `h` HMAC of its secret, `h2` the one before, good until `h2x`; `nm` name, `ro` role,
+`en` enabled, `xp` expiry, `am` models, `md` metadata (JSON), `ca` created, `gone` a tombstone; limits `rl` `tl` per
+minute, `dl` per day, `cl` open requests; `bal` left, `cr` credit, `sp` spent, `n` requests settled; `p` open requests
+to their packed holds; `r<minute>` `t<minute>` `d<day>` what is left of a limit in a window, made on first use. `kx`
+puts it in the index `keys`, which holds nothing else, so that an admission does not write it again.
+
+`KEY#<id>` `DAY#<day>`: a rollup; `c` cost, `n` requests, `doc` groups (JSON).
+
+`GEN#<id>` `GEN`: a generation; `ca` created, `c` cost, `doc` the rest (JSON), `ttl` its expiry. `kd` "<key id>#<day>"
+puts it in the index `generations`, sorted by `pk`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import boto3
+import orjson
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+
+from shared.errors import StoreUnavailable
+from shared.schema import JSON
+from shared.store.base import (
+    Admitted,
+    Ask,
+    Generation,
+    Hold,
+    KeyChange,
+    Move,
+    Refused,
+    Rollup,
+    VirtualKey,
+    changed,
+    stale,
+    verdict,
+)
+
+THREADS = 32
+BATCH = 100
+"""The most items of one BatchGetItem."""
+TRIES = 5
+"""For a write that others' writes keep overtaking."""
+UNAVAILABLE = "The store cannot be reached or is busy. Please try again."
+
+ATTRIBUTES = {
+    "hash": "h", "name": "nm", "role": "ro", "enabled": "en", "expires_at": "xp", "models": "am", "rpm": "rl",
+    "tpm": "tl", "concurrency": "cl", "daily_budget": "dl", "balance": "bal", "credit": "cr", "spent": "sp",
+    "requests": "n", "old_hash": "h2", "old_until": "h2x", "created_at": "ca", "deleted": "gone", "metadata": "md",
+}  # fmt: skip
+KNOWN = "gone = :false AND (h = :h OR (h2 = :h AND h2x > :now)) AND en = :true AND xp > :now"
+LIMITS_UNCHANGED = "rl = :rl AND tl = :tl AND dl = :dl AND cr = :cr"
+
+
+class DynamoStore:
+    """One round trip per step; the client blocks, so it runs in threads of its own."""
+
+    def __init__(self, table: str, region: str | None = None, endpoint: str | None = None) -> None:
+        self._table = table
+        self._connect = partial(connect, region, endpoint)
+        self._connecting = Lock()
+        self._client: Any = None
+        self._threads = ThreadPoolExecutor(THREADS, "dynamodb")
+        self._seen: dict[str, Sequence[str]] = {}  # the windows of a key at its last admission, for `stale`
+
+    async def add_key(self, key: VirtualKey) -> bool:
+        try:
+            await self._put(item_of(key))
+        except ConditionFailedError as failed:
+            return key == await self._standing(key.id, failed)
+        return True
+
+    async def key(self, key_id: str) -> VirtualKey | None:
+        item = await self._get(key_at(key_id))
+        return key_of(item) if item else None
+
+    async def keys(self) -> AsyncIterator[VirtualKey]:
+        ids = [
+            {"pk": item["pk"], "sk": item["sk"]}
+            async for item in self._query("kx = :kx", {":kx": {"S": "KEY"}}, IndexName="keys")
+        ]
+        for start in range(0, len(ids), BATCH):
+            wanted: JSON | None = {self._table: {"Keys": ids[start : start + BATCH]}}
+            while wanted:
+                reply = await self._call("batch_get_item", RequestItems=wanted)
+                for item in reply["Responses"][self._table]:
+                    yield key_of(item)
+                wanted = reply.get("UnprocessedKeys")
+
+    async def change_key(self, key_id: str, change: KeyChange, now: int) -> VirtualKey | None:
+        for _ in range(TRIES):
+            key = await self.key(key_id)
+            if key is None or (wanted := changed(key, change, now)) == key:
+                return key
+            old, new = item_of(key), item_of(wanted)
+            differing = [name for name in ATTRIBUTES.values() if name != "bal" and old.get(name) != new.get(name)]
+            windows = {name: left - key.left_in(name) for name, left in wanted.windows.items()}
+            values = {f":{name}": old[name] for name in ("rl", "tl", "dl", "cr")}
+            write = update(
+                Move(wanted.balance - key.balance, windows),
+                LIMITS_UNCHANGED,
+                values | {f":new_{name}": new[name] for name in differing if name in new},
+                sets=[f"{name} = :new_{name}" for name in differing if name in new],
+                removes=[name for name in differing if name not in new],
+            )
+            with suppress(ConditionFailedError):
+                return key_of((await self._update(key_id, write))["Attributes"])
+        raise StoreUnavailable(UNAVAILABLE)
+
+    async def admit(self, ask: Ask) -> Admitted | Refused:
+        hold = ask.hold
+        condition = (
+            f"{KNOWN} AND attribute_not_exists(p.#id) AND size(p) < cl AND bal >= :money"
+            f" AND {room(f'r{hold.minute}', ':one')}"
+            f" AND {room(f't{hold.minute}', ':tokens')}"
+            f" AND {room(f'd{hold.day}', ':money')}"
+        )
+        values = {
+            ":h": ask.key_hash, ":now": hold.start, ":true": True, ":false": False,
+            ":one": 1, ":tokens": hold.tokens, ":money": hold.money, ":hold": hold.pack(),
+        }  # fmt: skip
+        values = {name: typed(value) for name, value in values.items()}
+        write = update(Move.admitting(hold), condition, values, request_id=ask.request_id, sets=["p.#id = :hold"])
+        for _ in range(2):
+            try:
+                key = key_of((await self._update(ask.key_id, write))["Attributes"])
+            except ConditionFailedError as failed:
+                if said := verdict(await self._standing(ask.key_id, failed), ask):
+                    return said  # else what refused has changed since, on an engine that does not return the item
+            else:
+                self._seen[key.id] = tuple(key.windows)
+                return Admitted(key)
+        raise StoreUnavailable(UNAVAILABLE)
+
+    async def extend(self, key_id: str, request_id: str, old: Hold, new: Hold) -> bool:
+        condition = f"p.#id = :old AND bal >= :more AND {room(f'd{old.day}', ':more')}"
+        values = {":old": typed(old.pack()), ":new": typed(new.pack()), ":more": typed(new.money - old.money)}
+        move = Move.extending(old, new)
+        try:
+            await self._update(key_id, update(move, condition, values, request_id=request_id, sets=["p.#id = :new"]))
+        except ConditionFailedError as failed:
+            key = await self._standing(key_id, failed)
+            return key is not None and key.open.get(request_id) == new
+        return True
+
+    async def settle(self, key_id: str, request_id: str, hold: Hold, cost: int, tokens: int, now: int) -> bool:
+        return await self._close(key_id, request_id, hold, now, lambda hold: Move.settling(hold, cost, tokens, now))
+
+    async def release(self, key_id: str, request_id: str, hold: Hold, now: int) -> bool:
+        return await self._close(key_id, request_id, hold, now, lambda hold: Move.releasing(hold, now))
+
+    async def _close(self, key_id: str, request_id: str, hold: Hold, now: int, closing: Callable[[Hold], Move]) -> bool:
+        removes = ["p.#id", *stale(self._seen.pop(key_id, ()), now)]
+        for _ in range(TRIES):
+            values = {":hold": typed(hold.pack())}
+            write = update(closing(hold), "p.#id = :hold", values, request_id=request_id, removes=removes)
+            try:
+                await self._update(key_id, write)
+            except ConditionFailedError as failed:
+                key = await self._standing(key_id, failed)
+                if key is None or request_id not in key.open:
+                    return False
+                hold = key.open[request_id]  # extended, by a reply that was lost
+            else:
+                return True
+        raise StoreUnavailable(UNAVAILABLE)
+
+    async def record(self, row: Generation, expires: int) -> Generation:
+        item = gen_at(row.id) | {
+            "kd": typed(f"{row.key_id}#{row.day}"), "ca": typed(row.created), "c": typed(row.cost),
+            "doc": document(row.doc), "ttl": typed(expires),
+        }  # fmt: skip
+        try:
+            await self._put(item)
+        except ConditionFailedError as failed:
+            standing = failed.item or await self._get(gen_at(row.id))
+            return generation_of(standing) if standing else row
+        return row
+
+    async def generation(self, generation_id: str) -> Generation | None:
+        item = await self._get(gen_at(generation_id))
+        return generation_of(item) if item and lives(item) else None
+
+    async def generations(self, key_id: str, day: int, after: str = "", limit: int = 100) -> list[Generation]:
+        values = {":kd": typed(f"{key_id}#{day}"), ":after": typed(f"GEN#{after}")}
+        rows: list[Generation] = []
+        async for item in self._query("kd = :kd AND pk > :after", values, IndexName="generations", Limit=limit):
+            if lives(item):
+                rows.append(generation_of(item))
+            if len(rows) == limit:
+                break
+        return rows
+
+    async def roll_up(self, rollup: Rollup) -> bool:
+        values = {"c": typed(rollup.cost), "n": typed(rollup.requests), "doc": document(rollup.groups)}
+        try:
+            await self._put(key_at(rollup.key_id, f"DAY#{rollup.day:05}") | values)
+        except ConditionFailedError:
+            return False
+        return True
+
+    async def rollups(self, key_id: str, first_day: int, last_day: int) -> list[Rollup]:
+        values = {":pk": typed(f"KEY#{key_id}")}
+        values |= {":first": typed(f"DAY#{first_day:05}"), ":last": typed(f"DAY#{last_day:05}")}
+        found = self._query("pk = :pk AND sk BETWEEN :first AND :last", values)
+        return [rollup_of(key_id, item) async for item in found]
+
+    async def close(self) -> None:
+        threads, self._threads = self._threads, ThreadPoolExecutor(THREADS, "dynamodb")
+        client, self._client = self._client, None
+        await asyncio.to_thread(threads.shutdown)
+        if client is not None:
+            client.close()
+
+    async def _standing(self, key_id: str, failed: ConditionFailedError) -> VirtualKey | None:
+        """The key that refused a write, as the engine returned it or, from one that returns none, as it is now."""
+        return key_of(failed.item) if failed.item else await self.key(key_id)
+
+    async def _get(self, key: JSON) -> JSON | None:
+        return (await self._call("get_item", TableName=self._table, Key=key, ConsistentRead=True)).get("Item")
+
+    async def _put(self, item: JSON) -> None:
+        """Put an item once; raises ConditionFailedError where there is one."""
+        await self._call(
+            "put_item",
+            TableName=self._table,
+            Item=item,
+            ConditionExpression="attribute_not_exists(pk)",
+            ReturnValuesOnConditionCheckFailure="ALL_OLD",
+        )
+
+    async def _update(self, key_id: str, write: JSON) -> JSON:
+        """Raises ConditionFailedError where the condition did not hold."""
+        return await self._call(
+            "update_item",
+            TableName=self._table,
+            Key=key_at(key_id),
+            ReturnValues="ALL_NEW",
+            ReturnValuesOnConditionCheckFailure="ALL_OLD",
+            **write,
+        )
+
+    async def _query(self, condition: str, values: JSON, **more: Any) -> AsyncIterator[JSON]:
+        while True:
+            reply = await self._call(
+                "query",
+                TableName=self._table,
+                KeyConditionExpression=condition,
+                ExpressionAttributeValues=values,
+                **more,
+            )
+            for item in reply["Items"]:
+                yield item
+            if "LastEvaluatedKey" not in reply:
+                return
+            more["ExclusiveStartKey"] = reply["LastEvaluatedKey"]
+
+    async def _call(self, operation: str, **arguments: Any) -> JSON:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._send, operation, arguments)
+
+    def _send(self, operation: str, arguments: JSON) -> JSON:
+        try:
+            with self._connecting:
+                self._client = self._client or self._connect()
+            return getattr(self._client, operation)(**arguments)
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
+                raise ConditionFailedError(error.response.get("Item")) from error
+            raise StoreUnavailable(UNAVAILABLE) from error
+        except (BotoCoreError, ResponseParserError) as error:
+            raise StoreUnavailable(UNAVAILABLE) from error
+
+
+class ConditionFailedError(Exception):
+    """A write that did not happen; `item` as it stands, None where there is none or the engine does not return it."""
+
+    def __init__(self, item: JSON | None) -> None:
+        super().__init__()
+        self.item = item
+
+
+def connect(region: str | None, endpoint: str | None) -> Any:
+    config = Config(
+        connect_timeout=1,
+        read_timeout=1.5,
+        retries={"mode": "standard", "total_max_attempts": 3},  # safe: every write of ours may be sent twice
+        max_pool_connections=THREADS,
+        parameter_validation=False,  # the engine validates too
+    )
+    return boto3.client("dynamodb", region_name=region, endpoint_url=endpoint, config=config)
+
+
+def room(window: str, amount: str) -> str:
+    """The condition that a window has so much left; one that is not there has its whole limit, `rl`, `tl` or `dl`."""
+    return f"((attribute_not_exists({window}) AND {window[0]}l >= {amount}) OR {window} >= {amount})"
+
+
+def update(
+    move: Move,
+    condition: str,
+    values: JSON,
+    *,
+    request_id: str | None = None,
+    sets: Sequence[str] = (),
+    removes: Sequence[str] = (),
+) -> JSON:
+    """UpdateItem's expressions for a move, and what else is set and removed. `#id` is the request's."""
+    amounts = {"bal": move.balance, "sp": move.spent, "n": move.requests, **move.windows}
+    added = {name: amount for name, amount in amounts.items() if amount}
+    moves = [
+        f"{name} = if_not_exists({name}, {name[0]}l) + :{name}"
+        if name in move.windows
+        else f"{name} = {name} + :{name}"
+        for name in added
+    ]
+    clauses = {"SET": [*moves, *sets], "REMOVE": removes}
+    write: JSON = {
+        "ConditionExpression": condition,
+        "UpdateExpression": " ".join(f"{verb} {', '.join(parts)}" for verb, parts in clauses.items() if parts),
+        "ExpressionAttributeValues": values | {f":{name}": typed(amount) for name, amount in added.items()},
+    }
+    return write | {"ExpressionAttributeNames": {"#id": request_id}} if request_id else write
+
+
+def typed(value: Any) -> JSON:
+    match value:
+        case bool():
+            return {"BOOL": value}
+        case int():
+            return {"N": str(value)}
+        case str():
+            return {"S": value}
+        case _:
+            return {"L": [typed(each) for each in value]}
+
+
+def plain(attribute: JSON) -> Any:
+    ((kind, value),) = attribute.items()
+    match kind:
+        case "N":
+            return int(value)
+        case "L":
+            return tuple(plain(each) for each in value)
+        case _:
+            return value
+
+
+def document(value: Any) -> JSON:
+    return {"S": orjson.dumps(value).decode()}
+
+
+def key_at(key_id: str, sort: str = "KEY") -> JSON:
+    return {"pk": {"S": f"KEY#{key_id}"}, "sk": {"S": sort}}
+
+
+def gen_at(generation_id: str) -> JSON:
+    return {"pk": {"S": f"GEN#{generation_id}"}, "sk": {"S": "GEN"}}
+
+
+def item_of(key: VirtualKey) -> JSON:
+    values = {name: getattr(key, field) for field, name in ATTRIBUTES.items()}
+    item = {name: typed(value) for name, value in values.items() if name != "md" and value is not None}
+    windows = {name: typed(left) for name, left in key.windows.items()}
+    holds = {request_id: typed(hold.pack()) for request_id, hold in key.open.items()}
+    return key_at(key.id) | {"kx": {"S": "KEY"}} | item | windows | {"md": document(key.metadata), "p": {"M": holds}}
+
+
+def key_of(item: JSON) -> VirtualKey:
+    values = {field: plain(item[name]) for field, name in ATTRIBUTES.items() if name in item}
+    return VirtualKey(
+        item["pk"]["S"].removeprefix("KEY#"),
+        **values | {"metadata": orjson.loads(values["metadata"])},
+        windows={name: int(item[name]["N"]) for name in item if name[0] in "rtd" and name[1:].isdigit()},
+        open={request_id: Hold.unpack(int(hold["N"])) for request_id, hold in item["p"]["M"].items()},
+    )
+
+
+def lives(item: JSON) -> bool:
+    """TTL takes an expired item within days; until then it is only not shown."""
+    return plain(item["ttl"]) > time.time()
+
+
+def generation_of(item: JSON) -> Generation:
+    key_id = item["kd"]["S"].rpartition("#")[0]
+    doc = orjson.loads(item["doc"]["S"])
+    return Generation(item["pk"]["S"].removeprefix("GEN#"), key_id, plain(item["ca"]), plain(item["c"]), doc)
+
+
+def rollup_of(key_id: str, item: JSON) -> Rollup:
+    day, groups = int(item["sk"]["S"].removeprefix("DAY#")), orjson.loads(item["doc"]["S"])
+    return Rollup(key_id, day, plain(item["c"]), plain(item["n"]), tuple(groups))
+
+
+def address(url: str) -> tuple[str, str | None, str | None]:
+    """Table, region and endpoint of `dynamodb://table?region=…&endpoint=…`; raises ValueError."""
+    parts, options = urlsplit(url), dict(parse_qsl(urlsplit(url).query))
+    if parts.scheme != "dynamodb" or not parts.netloc or parts.path or not options.keys() <= {"region", "endpoint"}:
+        raise ValueError("A DynamoDB table is named as dynamodb://table?region=…&endpoint=…, the options if needed.")
+    return parts.netloc, options.get("region"), options.get("endpoint")
+
+
+def create_table_at(url: str, resources: Path) -> bool:
+    """Make the table that `url` names as the CloudFormation file describes it; False where it is there already."""
+    import yaml  # only here, and not on Lambda
+
+    table, region, endpoint = address(url)
+    facts = yaml.safe_load(resources.read_text())["Resources"]["Table"]["Properties"]
+    schema = ("AttributeDefinitions", "KeySchema", "GlobalSecondaryIndexes", "BillingMode")
+    try:
+        client = connect(region, endpoint)
+        client.create_table(TableName=table, **{name: facts[name] for name in schema})
+        client.get_waiter("table_exists").wait(TableName=table)
+        client.update_time_to_live(TableName=table, TimeToLiveSpecification=facts["TimeToLiveSpecification"])
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "ResourceInUseException":
+            return False
+        raise StoreUnavailable(UNAVAILABLE) from error
+    except BotoCoreError as error:
+        raise StoreUnavailable(UNAVAILABLE) from error
+    return True
