@@ -27,11 +27,11 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import boto3
+import boto3  # pyright: ignore[reportMissingTypeStubs] it has no types
 import orjson
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
+from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs] it has no types
+from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs] it has no types
+from botocore.parsers import ResponseParserError  # pyright: ignore[reportMissingTypeStubs] it has no types
 
 from shared.errors import StoreUnavailable
 from shared.schema import JSON
@@ -278,8 +278,9 @@ class DynamoStore:
                 self._client = self._client or self._connect()
             return getattr(self._client, operation)(**arguments)
         except ClientError as error:
-            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
-                raise ConditionFailedError(error.response.get("Item")) from error
+            said: JSON = error.response
+            if said["Error"]["Code"] == "ConditionalCheckFailedException":
+                raise ConditionFailedError(said.get("Item")) from error
             raise StoreUnavailable(UNAVAILABLE) from error
         except (BotoCoreError, ResponseParserError) as error:
             raise StoreUnavailable(UNAVAILABLE) from error
@@ -301,7 +302,8 @@ def connect(region: str | None, endpoint: str | None) -> Any:
         max_pool_connections=THREADS,
         parameter_validation=False,  # the engine validates too
     )
-    return boto3.client("dynamodb", region_name=region, endpoint_url=endpoint, config=config)
+    client: Any = boto3.client  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return client("dynamodb", region_name=region, endpoint_url=endpoint, config=config)
 
 
 def room(window: str, amount: str) -> str:

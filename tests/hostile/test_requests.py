@@ -132,7 +132,7 @@ async def burst(world: World, case: dict[str, Any]) -> Outcome:
     plan = case["burst"]
     limits = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", plan["setup"])}
     whole = {name: int(value) if value == int(value) else value for name, value in limits.items()}
-    key = world.key(name=case["id"], **whole)
+    key = world.key(case["id"], **whole)["key"]
     raw, body = filled(world, case, KEY=key)
     if (second := time.time() % 60) > 45:
         await asyncio.sleep(60.2 - second)

@@ -7,7 +7,7 @@ import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ class World:
     canary_hits: list[str] = field(default_factory=list)
     read: int = 0
 
-    def key(self, **fields: Any) -> str:
+    def key(self, name: str, **fields: Any) -> dict[str, Any]:
         """A key with ample limits but for the given ones; all parts of its secret are watched from now on."""
-        made = self.server.key(**{**AMPLE, **fields})
+        made = self.server.key(name=name, **{**AMPLE, **fields})
         self.watch(made["key"].removeprefix("lr-").removeprefix(made["id"]))
-        return made["key"]
+        return made
 
     def watch(self, secret: str) -> None:
         self.secrets |= {secret[at : at + PART].encode() for at in range(len(secret) - PART + 1)}
@@ -64,14 +64,6 @@ class World:
         """Every byte of the database, its write-ahead log included."""
         return b"".join(path.read_bytes() for path in self.database.parent.glob(f"{self.database.name}*"))
 
-    def rows(self) -> list[tuple[Any, ...]]:
-        """Every row of every table, in order."""
-        with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True) as store:
-            tables = [name for (name,) in store.execute("select name from sqlite_master where type = 'table'")]
-            found = [(table, *row) for table in sorted(tables) for row in store.execute(f'select * from "{table}"')]
-        store.close()
-        return sorted(found, key=repr)
-
     def hosts_called(self) -> set[int]:
         """Ports to which the gateway's process has connections of its own making."""
         connections = psutil.Process(self.server.process.pid).net_connections("inet")
@@ -87,14 +79,11 @@ async def populated(server: Server, upstream: Upstream, database: Path) -> Async
     async with AsyncExitStack() as stack:
         canary = await stack.enter_async_context(listener(world, None))
         redirect = await stack.enter_async_context(listener(world, f"http://{canary}/latest/meta-data/"))
-        made = server.key(**AMPLE, name="A")
+        made, key_b, deleted = world.key("A"), world.key("B", models=None)["key"], world.key("deleted")
         key = made["key"]
-        world.watch(key.removeprefix("lr-").removeprefix(made["id"]))
-        deleted = server.key(**AMPLE, name="deleted")
         assert server.ask("DELETE", f"/admin/keys/{deleted['id']}", ADMIN_KEY)[0] in (200, 204)
-        expired = server.key(**AMPLE, name="expired", expires_at=int(time.time()) + 1)
+        expired = world.key("expired", expires_at=int(time.time()) + 1)
         until_expired = time.time() + 1.1
-        key_b = world.key(name="B", models=None)
         asked = {
             "model": MODEL,
             "messages": [{"role": "user", "content": SECRET_OF_B}],
@@ -110,13 +99,13 @@ async def populated(server: Server, upstream: Upstream, database: Path) -> Async
             "KEY": key,
             "KEY_B": key_b,
             "KEY_ID": made["id"],
-            "KEY_HASH": stored_hash(world, made["id"]),
+            "KEY_HASH": stored_hash(database, made["id"]),
             "KEY_MINUS_LAST": key[:-1],
             "KEY_UPPER": key.upper(),
-            "DISABLED_KEY": world.key(name="disabled", enabled=False),
+            "DISABLED_KEY": world.key("disabled", enabled=False)["key"],
             "EXPIRED_KEY": expired["key"],
             "DELETED_KEY": deleted["key"],
-            "POOR_KEY": world.key(name="poor", balance_usd=0.0000001),
+            "POOR_KEY": world.key("poor", balance_usd=0.0000001)["key"],
             "ADMIN": ADMIN_KEY,
             "PROVIDER_KEY": PROVIDER_KEY,
             "MODEL": MODEL,
@@ -156,8 +145,6 @@ async def listener(world: World, target: str | None) -> AsyncIterator[str]:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-def stored_hash(world: World, key_id: str) -> str:
-    """The longest word that the store keeps of a key and that is neither its id nor its name."""
-    texts = [str(cell) for row in world.rows() for cell in row if key_id in map(str, row)]
-    words = [word for text in texts for word in re.findall(r"[0-9A-Za-z_+/=-]{32,}", text)]
-    return max(words, key=len, default="0" * 64)
+def stored_hash(database: Path, key_id: str) -> str:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as store:
+        return store.execute("SELECT hash FROM keys WHERE id = ?", (key_id,)).fetchone()[0]

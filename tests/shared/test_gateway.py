@@ -1,0 +1,344 @@
+"""One request, start to finish: who may ask, who answers, what it costs, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shared.errors import Forbidden, GatewayError, ModelNotFound, TooLargeForLimit, UnsupportedParameter
+from shared.schema import parse
+from shared.store.base import VirtualKey
+from shared.store.sqlite import SQLiteStore
+from tests.kit import Body, Kit, streamed, whole
+
+ENVIRON = {
+    "OPENAI_API_KEY": "sk-test-openai-key",
+    "GROQ_API_KEY": "gsk-test-groq-key",
+    "OLLAMA_BASE_URL": "http://127.0.0.1:1/v1",
+}
+CONFIG = """
+[aliases]
+fast = [
+  { provider = "groq", model = "llama-3.3-70b-versatile" },
+  { provider = "openai", model = "gpt-4o-mini", priority = 1 },
+]
+[prices]
+"openai/dear" = { input = 1000, output = 1000 }
+"""
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+async def kit(tmp_path: Path) -> AsyncIterator[Kit]:
+    (tmp_path / "gateway.toml").write_text(CONFIG)
+    store = SQLiteStore(str(tmp_path / "test.db"))
+    yield Kit(store, lambda _: whole(answer()), ENVIRON, str(tmp_path / "gateway.toml"))
+    await store.close()
+
+
+async def key_of(kit: Kit, **limits: Any) -> str:
+    return (await kit.keys.create(VirtualKey("", "", "test", **limits)))[1]
+
+
+def ask(model: str = "openai/gpt-4o-mini", **more: Any) -> dict[str, Any]:
+    return {"model": model, "messages": HELLO, **more}
+
+
+def answer(text: str = "pong", finish: str = "stop", **usage: Any) -> dict[str, Any]:
+    counts = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, **usage}
+    return {"choices": [{"index": 0, "message": {"content": text}, "finish_reason": finish}], "usage": counts}
+
+
+def piece(text: str, finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+
+def by_host(**replies: Any) -> Any:
+    """Answers by provider; each a response maker."""
+    return lambda request: next(reply() for name, reply in replies.items() if name in request.url.host)
+
+
+async def test_an_answer_is_charged_what_it_cost(kit: Kit) -> None:
+    key = await key_of(kit, balance=10**9, credit=10**9, tpm=10_000)
+    outcome = await kit.ask(key, ask())
+    cost = 10 * 150 + 5 * 600  # $0.15 and $0.60 per million tokens, in nano-dollars
+    assert outcome.row.cost == outcome.spent == cost
+    assert outcome.key.balance == 10**9 - cost
+    assert outcome.key.left("t", outcome.row.created // 60) == 10_000 - 15
+    assert outcome.chunks[0]["usage"]["cost"] == cost / 10**9
+    assert outcome.row.doc["cost"]["prompt_cost"] + outcome.row.doc["cost"]["completion_cost"] == cost / 10**9
+    assert outcome.row.doc["cost"]["source"] == "computed"
+
+
+async def test_a_busy_deployment_falls_back(kit: Kit) -> None:
+    kit.reply = by_host(groq=lambda: whole({"error": {"message": "slow down"}}, 429), openai=lambda: whole(answer()))
+    outcome = await kit.ask(await key_of(kit), ask("fast"))
+    assert outcome.text == "" and outcome.chunks[0]["choices"][0]["message"]["content"] == "pong"  # noqa: PT018
+    assert outcome.chunks[0]["lightrail"] == {
+        "provider": "openai",
+        "model": "gpt-4o-mini",
+        "attempts": 2,
+        "cache": "off",
+        "dropped": [],
+    }
+    assert outcome.chunks[0]["model"] == "fast"
+    assert [(tried["provider"], tried["error"]) for tried in outcome.row.doc["attempts"]] == [
+        ("groq", "rate_limit"),
+        ("openai", None),
+    ]
+    assert outcome.row.doc["provider_health"] == "degraded"
+
+
+async def test_a_stream_falls_back_until_its_first_content(kit: Kit) -> None:
+    role = b'data: {"choices":[{"index":0,"delta":{"role":"assistant"},"finish_reason":null}]}\n\n'
+    error = b'data: {"error":{"message":"no capacity","code":503}}\n\n'
+    kit.reply = by_host(groq=lambda: streamed(role, error), openai=lambda: streamed(piece("po"), piece("ng", "stop")))
+    outcome = await kit.ask(await key_of(kit), ask("fast", stream=True))
+    assert (outcome.text, outcome.error) == ("pong", None)
+    assert [tried["provider"] for tried in outcome.row.doc["attempts"]] == ["groq", "openai"]
+
+
+async def test_a_stream_never_falls_back_after_it(kit: Kit) -> None:
+    error = b'data: {"error":{"message":"no capacity","code":503}}\n\n'
+    kit.reply = by_host(groq=lambda: streamed(piece("po"), error), openai=lambda: streamed(piece("no", "stop")))
+    outcome = await kit.ask(await key_of(kit), ask("fast", stream=True))
+    assert outcome.text == "po"
+    assert outcome.chunks[-1]["error"]["code"]
+    assert [tried["provider"] for tried in outcome.row.doc["attempts"]] == ["groq"]
+
+
+async def test_what_is_the_callers_own_fault_is_not_tried_elsewhere(kit: Kit) -> None:
+    refusal = {"error": {"message": "bad image", "param": "messages", "code": "invalid_image", "type": "x"}}
+    kit.reply = lambda _: whole(refusal, 400)
+    outcome = await kit.ask(await key_of(kit), ask("fast"))
+    assert isinstance(outcome.error, GatewayError)
+    assert (outcome.error.status, outcome.error.param, outcome.error.code) == (400, "messages", "invalid_image")
+    assert len(kit.requests) == 1
+    assert (outcome.row.cost, outcome.row.doc["status"]) == (0, "failed")
+
+
+async def test_when_all_are_busy_the_caller_is_told_when_to_come_back(kit: Kit) -> None:
+    kit.reply = lambda _: whole({"error": {"message": "slow down"}}, 429, **{"retry-after": "7"})
+    outcome = await kit.ask(await key_of(kit), ask("fast"))
+    assert isinstance(outcome.error, GatewayError)
+    assert (outcome.error.status, outcome.error.headers["retry-after"]) == (429, "7")
+    kit.reply = by_host(groq=lambda: whole({}, 429), openai=lambda: whole({}, 500))
+    mixed = await kit.ask(await key_of(kit), ask("fast"))
+    assert isinstance(mixed.error, GatewayError)
+    assert mixed.error.status == 503
+
+
+async def test_models_in_the_request_are_fallbacks(kit: Kit) -> None:
+    kit.reply = by_host(groq=lambda: whole(answer()), openai=lambda: whole({}, 500))
+    outcome = await kit.ask(await key_of(kit), ask(models=["groq/llama-3.3-70b-versatile"]))
+    assert outcome.row.doc["provider"] == "groq"
+    assert b'"models"' not in kit.requests[-1].content
+
+
+@pytest.mark.parametrize(
+    ("models", "allowed"),
+    [
+        (None, True),
+        ((), False),
+        (("fast",), True),
+        (("openai/*",), True),
+        (("openai/gpt-4o-mini",), True),
+        (("gpt-4o-mini",), True),
+        (("mistral/*",), False),
+        (("openai/gpt-4o",), False),
+    ],
+)
+async def test_a_key_is_held_to_its_models(kit: Kit, models: tuple[str, ...] | None, allowed: bool) -> None:
+    key = await key_of(kit, models=models)
+    if allowed:
+        assert (await kit.ask(key, ask("fast"))).error is None
+        return
+    with pytest.raises(Forbidden) as refused:
+        await kit.ask(key, ask("fast"))
+    assert refused.value.code == "model_not_allowed"
+    assert kit.requests == []
+    [kept] = [each async for each in kit.services.store.keys()]
+    assert (kept.open, kept.requests, kept.balance) == ({}, 0, kept.credit)
+
+
+async def test_a_fallback_that_the_key_may_not_use_is_not_used(kit: Kit) -> None:
+    kit.reply = lambda _: whole({}, 500)
+    outcome = await kit.ask(await key_of(kit, models=("groq/*",)), ask("fast"))
+    assert {request.url.host for request in kit.requests} == {"api.groq.com"}
+    assert outcome.error is not None
+
+
+async def test_a_model_without_a_price_is_refused_to_keys_with_a_budget_only(kit: Kit) -> None:
+    with pytest.raises(Forbidden) as refused:
+        await kit.ask(await key_of(kit, daily_budget=10**9), ask("openai/unheard-of"))
+    assert refused.value.code == "model_not_priced"
+    free = await kit.ask(await key_of(kit), ask("openai/unheard-of"))
+    assert (free.row.cost, free.row.doc["cost"]["total_cost"], free.row.doc["cost"]["source"]) == (0, None, None)
+    assert free.chunks[0]["usage"]["cost"] is None
+
+
+async def test_a_local_model_is_free_under_any_budget(kit: Kit) -> None:
+    outcome = await kit.ask(await key_of(kit, balance=0, credit=0), ask("ollama/qwen3"))
+    assert (outcome.error, outcome.row.cost) == (None, 0)
+
+
+async def test_a_whole_answer_under_a_budget_is_bounded_by_what_was_reserved(kit: Kit) -> None:
+    await kit.ask(await key_of(kit), ask())
+    assert "max_completion_tokens" not in json.loads(kit.requests[-1].content)
+    await kit.ask(await key_of(kit, balance=10**9, credit=10**9), ask(n=2))
+    assert json.loads(kit.requests[-1].content)["max_completion_tokens"] == 4096
+
+
+async def test_a_stream_extends_its_hold_and_ends_with_length_when_it_cannot(kit: Kit) -> None:
+    words = [piece("word " * 200) for _ in range(60)]  # about 12,000 tokens
+    kit.reply = lambda _: streamed(*words, piece("", "stop"))
+    rich = await kit.ask(await key_of(kit, balance=10**9, credit=10**9), ask(stream=True))
+    assert rich.chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert rich.key.balance + rich.key.spent == rich.key.credit
+    held = 600 * 4096 + 150 * 3000  # one reservation of output, and the prompt; not two
+    poor = await kit.ask(await key_of(kit, balance=held, credit=held), ask(stream=True))
+    assert poor.chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert len(poor.text) < len(rich.text)
+    assert 0 <= poor.key.balance
+    assert poor.key.balance + poor.key.spent == held
+    assert poor.row.doc["finish_reason"] == "length"
+
+
+async def test_a_request_that_could_never_pass_is_told_so(kit: Kit) -> None:
+    with pytest.raises(TooLargeForLimit):
+        await kit.ask(await key_of(kit, tpm=100), ask(max_tokens=500))
+    assert kit.requests == []
+
+
+async def test_a_budget_refuses_before_anything_is_spent(kit: Kit) -> None:
+    with pytest.raises(Forbidden) as refused:
+        await kit.ask(await key_of(kit, balance=10**6, credit=10**6), ask("openai/dear"))
+    assert refused.value.code == "insufficient_quota"
+    assert kit.requests == []
+
+
+async def test_missing_usage_is_estimated_and_marked(kit: Kit) -> None:
+    kit.reply = lambda _: streamed(piece("four little words here"), piece("", "stop"))
+    outcome = await kit.ask(await key_of(kit), ask(stream=True))
+    assert outcome.row.doc["tokens"]["source"] == outcome.row.doc["cost"]["source"] == "estimated"
+    assert 3 <= outcome.chunks[-1]["usage"]["completion_tokens"] <= 6
+    assert outcome.chunks[-1]["usage"]["cost_source"] == "estimated"
+    kit.reply = lambda _: whole({"choices": answer()["choices"]})
+    told = await kit.ask(await key_of(kit), ask())
+    assert told.row.doc["tokens"]["source"] == "estimated"
+    assert told.row.cost > 0
+
+
+async def test_a_caller_who_leaves_stops_the_provider_and_pays_for_what_was_made(kit: Kit) -> None:
+    closed = asyncio.Event()
+
+    class Endless(Body):
+        async def aclose(self) -> None:
+            closed.set()
+
+    words = [piece("word ") for _ in range(1000)]
+    headers = {"content-type": "text/event-stream"}
+    kit.reply = lambda _: httpx.Response(200, headers=headers, stream=Endless(*words))
+    exchange = await kit.admit(await key_of(kit), ask(stream=True))
+    chunks = kit.gateway.stream(exchange)
+    for _ in range(20):
+        await anext(chunks)
+    exchange.interrupt()
+    await chunks.aclose()
+    assert closed.is_set()
+    doc = await kit.gateway.close(exchange)
+    assert doc["status"] == "cancelled"
+    assert 15 <= doc["tokens"]["completion_tokens"] <= 30
+    assert doc["tokens"]["source"] == "estimated"
+
+
+async def test_what_a_deployment_cannot_do_is_refused_by_name_or_routed_around(kit: Kit) -> None:
+    with pytest.raises(UnsupportedParameter) as refused:
+        kit.gateway.plan(parse("chat", json.dumps(ask("groq/llama-3.3-70b-versatile", n=2)).encode()))
+    assert refused.value.param == "n"
+    outcome = await kit.ask(await key_of(kit), ask("fast", n=2))
+    assert outcome.row.doc["provider"] == "openai"
+    assert outcome.row.doc["attempts"][0]["provider"] == "openai"
+
+
+async def test_a_dropped_parameter_is_reported(kit: Kit) -> None:
+    outcome = await kit.ask(await key_of(kit), ask("groq/llama-3.3-70b-versatile", logit_bias={"1": 1}))
+    assert outcome.chunks[0]["lightrail"]["dropped"] == ["logit_bias"]
+    assert b"logit_bias" not in kit.requests[-1].content
+    with pytest.raises(UnsupportedParameter):
+        await kit.ask(await key_of(kit), ask("groq/llama-3.3-70b-versatile", logit_bias={"1": 1}, strict=True))
+
+
+async def test_an_unknown_model_is_not_found_before_the_store_is_asked(kit: Kit) -> None:
+    with pytest.raises(ModelNotFound):
+        await kit.ask("lr-no-key-is-needed", ask("no-such-model"))
+
+
+async def test_a_provider_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+    store = SQLiteStore(str(tmp_path / "test.db"))
+    kit = Kit(store, lambda _: streamed(), {**ENVIRON, "FIRST_CONTENT_TIMEOUT": "0.05", "GAP_TIMEOUT": "0.05"})
+
+    class Silent(Body):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for piece in super().__aiter__():
+                yield piece
+            await asyncio.sleep(30)
+
+    def silent(*pieces: bytes) -> httpx.Response:
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Silent(*pieces))
+
+    key = await key_of(kit)
+    kit.reply = lambda _: silent(b": still thinking\n\n")
+    nothing = await kit.ask(key, ask(stream=True))
+    assert isinstance(nothing.error, GatewayError)
+    assert (nothing.error.status, nothing.error.code) == (504, "upstream_timeout")
+    assert nothing.row.doc["attempts"][0]["error"] == "first_content_timeout"
+    kit.reply = lambda _: silent(piece("half"))
+    half = await kit.ask(key, ask(stream=True))
+    assert (half.text, half.chunks[-1]["error"]["code"]) == ("half", "upstream_timeout")
+    assert half.row.doc["attempts"][0]["error"] == "gap_timeout"
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("response", "fault"),
+    [
+        (lambda: whole(b"<html>login</html>", **{"content-type": "text/html"}), "content_type"),
+        (lambda: whole(b"", 302, location="http://169.254.169.254/"), "redirect"),
+        (lambda: whole(b""), "empty"),
+        (lambda: whole({}), "empty"),
+        (lambda: whole({"choices": []}), "empty"),
+        (lambda: whole(b'{"choices": [{"index"'), "protocol"),
+        (lambda: whole(b"x" * (17 * 1024 * 1024)), "too_large"),
+        (lambda: whole(b"not gzip", **{"content-encoding": "gzip"}), "decode"),
+        (lambda: whole(b"\x8b\x00", **{"content-encoding": "br"}), "decode"),
+        (lambda: whole({"error": {"message": "upstream died", "code": 502}}), "server"),
+    ],
+)
+async def test_what_is_no_answer_is_an_error_and_costs_nothing(kit: Kit, response: Any, fault: str) -> None:
+    kit.reply = lambda _: response()
+    outcome = await kit.ask(await key_of(kit), ask())
+    assert isinstance(outcome.error, GatewayError)
+    assert 500 <= outcome.error.status < 600
+    assert outcome.row.doc["attempts"][0]["error"] == fault
+    assert outcome.row.cost == 0
+    assert "169.254" not in outcome.error.message
+
+
+async def test_a_whole_answer_where_a_stream_was_asked_for_is_one_chunk(kit: Kit) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    body = answer("", "tool_calls")
+    body["choices"][0]["message"] |= {"content": None, "tool_calls": [call]}
+    kit.reply = lambda _: whole(body)
+    outcome = await kit.ask(await key_of(kit), ask(stream=True))
+    assert outcome.error is None
+    assert outcome.chunks[0]["choices"][0]["delta"]["tool_calls"][0] == {"index": 0, **call}
+    assert outcome.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert outcome.chunks[-1]["usage"]["total_tokens"] == 15
