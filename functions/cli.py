@@ -108,7 +108,9 @@ async def run(given: argparse.Namespace, keys: Keys, store: Store) -> Any:
 def create_table(settings: Settings) -> JSON:
     from shared.store.dynamodb import create_table_at  # boto3 only where it is needed
 
-    return {"created": create_table_at(settings.database_url, Path("infra/resources.yml"))}
+    if not settings.database_url.startswith("dynamodb://"):
+        raise ValueError("DATABASE_URL must name the engine: dynamodb://<table>?endpoint=http://127.0.0.1:8000")
+    return {"created": create_table_at(settings.database_url, Path(__file__).parents[1] / "infra/resources.yml")}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,6 @@ from shared.store.base import Store, VirtualKey
 from shared.telemetry import Telemetry
 from shared.upstream import Upstream
 
-
 LAST_WORDS = 10.0
 """Seconds that open requests have to settle when the process ends."""
 

@@ -6,23 +6,32 @@ import asyncio
 import os
 import secrets
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import orjson
 import uvicorn
 from dotenv import load_dotenv
 from fastapi import FastAPI
 from pydantic import ValidationError
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from functions.app import create_app
 from functions.deps import Services
-from shared.keys import mint
+from shared import books
+from shared.errors import InvalidRequest, StoreUnavailable
+from shared.keys import mint, time_ordered
 from shared.settings import Settings
 from shared.store.base import VirtualKey
+from shared.telemetry import logger
 
 FOLDER = Path(".lightrail")
 """Pepper, admin key and user key of this checkout; ignored by git, readable by its owner only."""
 GRACEFUL = 10
 """Seconds that streams in flight have to end by themselves; then each ends with an error event."""
+BOOKS_EVERY = 600
+"""Seconds between two looks at what nobody settled."""
 
 
 def kept(name: str, make: str) -> tuple[str, bool]:
@@ -86,6 +95,34 @@ def why_off(services: Services) -> list[str]:
     return [f"{provider.title}: {why}" for provider in shipped if (why := catalog.why_off(provider.name))]
 
 
+class Wire(HttpToolsProtocol):
+    """httptools, not h11, which lets a request with both framings through; refuses what is no HTTP in our own shape."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = orjson.dumps(InvalidRequest(msg).body())
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            f"cache-control: no-store\r\nx-request-id: req-{time_ordered(time.time())}\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+async def keep_books(services: Services) -> None:
+    """What the `sweep` function does on AWS: settle what crashed requests left open, sum up days before they expire."""
+    ttl = services.settings.generation_ttl_days
+    while True:
+        now = int(time.time())
+        try:
+            async for key in services.store.keys():
+                await services.limits.sweep(key, now)
+                await books.roll_up(services.store, key.id, now, ttl)
+        except StoreUnavailable as trouble:
+            logger.warning("books.postponed", extra={"reason": str(trouble)})
+        await asyncio.sleep(BOOKS_EVERY)
+
+
 class Server(uvicorn.Server):
     """Says where it serves, and with which keys, once it does."""
 
@@ -95,7 +132,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http="httptools",  # h11 lets a request with both framings through
+                http=Wire,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -104,12 +141,19 @@ class Server(uvicorn.Server):
         )
         self._services: Services = app.state.services
         self._keys = keys
+        self._books: asyncio.Future[None] | None = None
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
         if self.started and self.servers:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             print(self._banner(f"http://{host}:{port}"), flush=True)
+            self._books = asyncio.ensure_future(keep_books(self._services))
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        if self._books:
+            self._books.cancel()
+        await super().shutdown(sockets)
 
     def _banner(self, address: str) -> str:
         catalog, lines = self._services.catalog, ["", f"Lightrail serves on {address}", ""]

@@ -14,7 +14,7 @@ PREFIX = "gen-"
 RIPE = 2
 """The age in days at which a day is summed up: by then nothing is on its way to it any more."""
 DAYS = 7
-"""How long rows are kept, unless the caller knows better (`GENERATION_TTL_DAYS`); more than `RIPE`, or they get lost."""
+"""How long rows are kept, if the caller knows no better (`GENERATION_TTL_DAYS`); more than `RIPE`, or some get lost."""
 PAGE = 100
 COUNTS = ("requests", "prompt_tokens", "completion_tokens", "cost")
 

@@ -420,7 +420,7 @@ def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
     """One pydantic error in OpenAI's words: message, `param` path and `code`."""
     param, value = _locate(error["loc"], body)
     context = error.get("ctx", {})
-    got = JSON_NAMES.get(type(value), "another type")
+    got = JSON_NAMES.get(cast("type", type(value)), "another type")
     match error["type"]:
         case "missing":
             return _missing(param)
@@ -435,16 +435,11 @@ def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
                 f"Invalid value: '{value[:64]}'. Supported values are: {context['expected']}.",
                 "invalid_value",
             )
-        case "greater_than_equal":
-            message, code = (
-                f"expected a value >= {context['ge']}, but got {value} instead.",
-                f"{_number(value)}_below_min_value",
-            )
-        case "less_than_equal":
-            message, code = (
-                f"expected a value <= {context['le']}, but got {value} instead.",
-                f"{_number(value)}_above_max_value",
-            )
+        case "greater_than_equal" | "less_than_equal" as kind:
+            name, sign, word = ("ge", ">=", "below_min") if kind == "greater_than_equal" else ("le", "<=", "above_max")
+            bound = context[name]
+            message = f"expected a value {sign} {bound}, but got {value} instead."
+            code = f"{'decimal' if isinstance(bound, float) else 'integer'}_{word}_value"
         case "too_short" if not value:
             message, code = "empty array. Expected an array with at least one item.", "empty_array"
         case "too_long":
@@ -484,10 +479,6 @@ _WANTED = {
     "model": "an object",
     "union_tag": "an object",
 }
-
-
-def _number(value: Any) -> str:
-    return "integer" if isinstance(value, int) else "decimal"
 
 
 def _locate(loc: tuple[int | str, ...], value: Any) -> tuple[str, Any]:

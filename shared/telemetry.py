@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -96,8 +95,7 @@ class Telemetry:
         if "cost_usd" in told:
             metrics.add_metric("CostUSD", MetricUnit.NoUnit, told["cost_usd"])
         metrics.add_metadata(key="id", value=told["id"])
-        print(json.dumps(metrics.serialize_metric_set()))  # noqa: T201 EMF is read from standard output
-        metrics.clear_metrics()
+        metrics.flush_metrics()
 
 
 def terminal_line(told: dict[str, Any]) -> str:

@@ -26,8 +26,9 @@ from tests.upstream import Seen, Upstream
 CORPUS = ROOT.parent / "shared" / "hostile" / "requests.jsonl"
 OWN = Path(__file__).parent / "own.jsonl"
 BACKSTAGE = re.compile(
-    rb"Traceback|File \"|site-packages|\.py\b|/home/|/usr/|/work/|/tmp/|python|uvicorn|httptools|h11|fastapi|starlette"
-    rb"|pydantic|httpx|httpcore|orjson|boto|sqlite|asyncio|anyio|[a-z]Error\b|Exception|NoneType|\bdict\b|\bNone\b"
+    rb"Traceback|File \"|site-packages|\.py\b|/home/|/usr/|/tmp/|python|uvicorn|httptools|h11|fastapi|starlette"
+    rb"|pydantic|httpx|httpcore|orjson|boto|sqlite|asyncio|anyio|[a-z]Error\b|Exception|NoneType|\bdict\b|\bNone\b|"
+    + re.escape(str(ROOT)).encode()
 )
 """Traces, paths, libraries and Python's type names."""
 TYPES = {

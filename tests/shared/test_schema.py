@@ -19,7 +19,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 2.1}, "temperature", "decimal_above_max_value"),
     ({"temperature": True}, "temperature", "invalid_type"),
     ({"top_p": 1.1}, "top_p", "decimal_above_max_value"),
-    ({"presence_penalty": 3}, "presence_penalty", "integer_above_max_value"),
+    ({"presence_penalty": 3}, "presence_penalty", "decimal_above_max_value"),
     ({"n": 0}, "n", "integer_below_min_value"),
     ({"n": 129}, "n", "integer_above_max_value"),
     ({"n": 2.5}, "n", "invalid_type"),

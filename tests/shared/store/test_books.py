@@ -1,0 +1,205 @@
+"""Crashes are settled once, days are summed up once, and it adds up to what was spent."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+
+from shared import books
+from shared.store.base import Refused, Store, VirtualKey
+from tests.shared.store.callers import (
+    DAY,
+    KEPT,
+    NOW,
+    TTL,
+    Forgetful,
+    ask,
+    at_once,
+    new_key,
+    open_one,
+    read,
+    row,
+    settle,
+)
+
+LATER = NOW + TTL
+
+
+async def finish(store: Store, key: VirtualKey, cost: int, now: int = NOW, **doc: Any) -> None:
+    """A request from its admission to its end, recorded and settled."""
+    asked = await open_one(store, key, money=cost, now=now)
+    await store.record(row(asked, cost, **doc), KEPT)
+    await settle(store, asked, cost)
+
+
+async def spend(store: Store, key: VirtualKey, first: int, last: int) -> list[dict[str, Any]]:
+    return [group async for group in books.usage(store, key.id, first, last)]
+
+
+async def test_a_record_is_put_once_and_the_first_stands(store: Store):
+    asked = await open_one(store, await new_key(store))
+    first, second = row(asked, 5, note="a \N{SNOWMAN}", price=0.5), row(asked, 6)
+    assert await store.record(first, KEPT) == first
+    assert await store.record(second, KEPT) == first
+    assert await store.generation(first.id) == first
+    assert await store.generation("gen-none") is None
+
+
+async def test_an_expired_record_is_not_shown(store: Store):
+    key = await new_key(store)
+    old, kept = row(await open_one(store, key), 1), row(await open_one(store, key), 2)
+    await store.record(old, 1)
+    await store.record(kept, KEPT)
+    assert await store.generation(old.id) is None
+    assert await store.generations(key.id, old.day) == [kept]
+
+
+async def test_a_days_records_come_in_pages_that_are_full_but_for_the_last(store: Store):
+    key, other = await new_key(store), await new_key(store)
+    rows = [row(ask(key), 1) for _ in range(7)]
+    for each in [*rows, row(ask(other), 1), row(ask(key, now=NOW + DAY), 1)]:
+        await store.record(each, KEPT)
+    for each in (0, 1, 4):  # in the middle of a page, too, an expired one takes no place
+        await store.record(replace(row(ask(key), 1), id=f"{rows[each].id}-expired"), 1)
+    day, pages, after = NOW // DAY, [], ""
+    while page := await store.generations(key.id, day, after, 3):
+        pages.append(page)
+        after = page[-1].id
+    assert [len(page) for page in pages] == [3, 3, 1]
+    assert [each for page in pages for each in page] == rows
+
+
+async def test_a_dead_request_is_charged_all_it_held_at_its_deadline(store: Store):
+    key = await new_key(store, balance=100)
+    asked = await open_one(store, key, money=40, tokens=9)
+    assert await books.sweep(store, await read(store, key), LATER - 1, KEPT) == 0
+    assert await books.sweep(store, await read(store, key), LATER, KEPT) == 1
+    assert await books.sweep(store, await read(store, key), LATER, KEPT) == 0
+    after, record = await read(store, key), await store.generation(f"gen-{asked.request_id}")
+    assert (after.spent, after.balance, after.open) == (40, 60, {})
+    assert record is not None
+    assert (record.cost, record.key_id, record.doc["status"]) == (40, key.id, "lost")
+    assert await books.check(store, after, LATER) == 0
+
+
+async def test_a_crash_between_record_and_settle_is_settled_by_the_record(store: Store):
+    key = await new_key(store, balance=100)
+    asked = await open_one(store, key, money=40)
+    await store.record(row(asked, 15), KEPT)
+    assert await books.sweep(store, await read(store, key), LATER, KEPT) == 1
+    after = await read(store, key)
+    assert (after.spent, after.balance) == (15, 85)
+    assert await books.check(store, after, LATER) == 0
+
+
+async def test_two_sweeps_and_the_request_itself_settle_once(store: Store):
+    key = await new_key(store, balance=1000)
+    late = [await open_one(store, key, money=40) for _ in range(5)]
+    seen = await read(store, key)
+
+    async def sweep() -> int:
+        return await books.sweep(store, seen, LATER, KEPT)
+
+    async def finally_done(number: int) -> int:
+        stands = await store.record(row(late[number], 15, created=LATER), KEPT)
+        return await settle(store, late[number], stands.cost, now=LATER)
+
+    assert sum(await at_once([sweep, sweep, *(partial(finally_done, number) for number in range(5))])) == 5
+    after = await read(store, key)
+    assert (after.requests, after.open) == (5, {})
+    assert after.spent in range(5 * 15, 5 * 40 + 1)
+    assert await books.check(store, after, LATER) == 0
+
+
+async def test_with_lost_replies_and_dead_callers_the_books_come_out_even(store: Store):
+    key, dice = await new_key(store, balance=30_000, concurrency=1000), random.Random(3)
+    door = Forgetful(store)
+
+    async def call(money: int, cost: int, dies: float) -> None:
+        asked = ask(key, money)
+        if isinstance(await door.admit(asked), Refused) or dies < 0.1:
+            return
+        await door.record(row(asked, cost), KEPT)
+        if dies > 0.2:
+            await settle(door, asked, cost)
+
+    prices = [dice.randint(1, 1000) for _ in range(60)]
+    await at_once(partial(call, price, dice.randint(0, price), dice.random()) for price in prices)
+    seen = await read(store, key)
+    assert seen.open  # somebody did die
+    async with anyio.create_task_group() as group:
+        for _ in range(2):
+            group.start_soon(books.sweep, door, seen, LATER, KEPT)
+    after = await read(store, key)
+    assert after.open == {}
+    assert after.balance >= 0
+    assert await books.check(store, after, LATER) == 0
+
+
+async def test_the_check_finds_what_is_missing_and_says_nothing_while_requests_run(store: Store):
+    key = await new_key(store)
+    await finish(store, key, 10)
+    asked = await open_one(store, key, money=7)
+    assert await books.check(store, await read(store, key), NOW) is None
+    await settle(store, asked, 7)  # without a record
+    assert await books.check(store, await read(store, key), NOW) == 7
+
+
+async def test_a_ripe_day_is_summed_up_once_and_counted_once(store: Store):
+    key = await new_key(store)
+    for cost, model in ((5, "a"), (6, "a"), (7, "b")):
+        await finish(store, key, cost, model=model)
+    day, later = NOW // DAY, NOW + 2 * DAY
+    await finish(store, key, 100, now=later)
+    await books.roll_up(store, key.id, later - DAY)
+    assert await store.rollups(key.id, 0, day + 9) == []
+    before = await spend(store, key, day, day + 2)
+    for _ in range(2):
+        await books.roll_up(store, key.id, later)
+    (rollup,) = await store.rollups(key.id, 0, day + 9)
+    assert (rollup.day, rollup.cost, rollup.requests) == (day, 18, 3)
+    assert await spend(store, key, day, day + 2) == before
+    assert [(group["day"], group["model"], group["requests"], group["cost"]) for group in before] == [
+        (day, "a", 2, 11),
+        (day, "b", 1, 7),
+        (day + 2, "m", 1, 100),
+    ]
+    assert (before[0]["provider"], before[0]["prompt_tokens"], before[0]["completion_tokens"]) == ("p", 2, 4)
+    assert await books.check(store, await read(store, key), later) == 0
+
+
+async def test_sums_outlive_their_rows(store: Store):
+    key = await new_key(store)
+    await finish(store, key, 5)
+    await books.roll_up(store, key.id, NOW + 3 * DAY)
+    year = NOW + 365 * DAY
+    assert await books.check(store, await read(store, key), year) == 0
+    day = NOW // DAY
+    assert [group["cost"] for group in await spend(store, key, day, year // DAY)] == [5]
+
+
+async def test_a_day_waits_for_its_open_holds(store: Store):
+    key = await new_key(store)
+    await finish(store, key, 5)
+    await open_one(store, key, money=8)
+    later = NOW + 2 * DAY
+    await books.roll_up(store, key.id, later)
+    assert await store.rollups(key.id, 0, later // DAY) == []
+    await books.sweep(store, await read(store, key), later, KEPT)
+    await books.roll_up(store, key.id, later)
+    assert [rollup.cost for rollup in await store.rollups(key.id, 0, later // DAY)] == [5]
+    assert await books.check(store, await read(store, key), later) == 0  # the lost one is in today's rows
+
+
+@pytest.mark.parametrize("count", [0, 100, 101])
+async def test_days_of_many_pages_are_summed_up_whole(sqlite: Store, count: int):
+    key = await new_key(sqlite)
+    for _ in range(count):
+        await sqlite.record(row(ask(key), 1), KEPT)
+    await books.roll_up(sqlite, key.id, NOW + 2 * DAY)
+    assert [rollup.cost for rollup in await sqlite.rollups(key.id, 0, NOW)] == ([count] if count else [])
