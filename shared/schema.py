@@ -420,7 +420,7 @@ def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
     """One pydantic error in OpenAI's words: message, `param` path and `code`."""
     param, value = _locate(error["loc"], body)
     context = error.get("ctx", {})
-    got = JSON_NAMES.get(cast("type", type(value)), "another type")
+    got = next((name for kind, name in JSON_NAMES.items() if type(value) is kind), "another type")
     match error["type"]:
         case "missing":
             return _missing(param)

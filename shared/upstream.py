@@ -6,7 +6,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import orjson
@@ -238,13 +238,13 @@ async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes]:
     """The body's bytes. `identity` is asked for; gzip and deflate are undone in bounded steps all the same."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
-        async for data in response.aiter_raw():
+        async for data in _raw(response):
             yield data
         return
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise ProviderError("decode", "The provider's answer has an encoding that was not asked for.")
     inflater, total = zlib.decompressobj(wbits=47), 0  # 47: gzip or zlib, whichever its header says
-    async for data in response.aiter_raw():
+    async for data in _raw(response):
         while data:
             try:
                 plain = inflater.decompress(data, 65536)
@@ -254,6 +254,20 @@ async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes]:
             if total > MAX_BODY:
                 raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True)
             yield plain
+
+
+async def _raw(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """The body to its end; a connection on which more came than that is not used again.
+
+    httpcore would take what is left over for the answer to the next request, which is another caller's."""
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    async for data in response.stream:
+        yield data
+    connection: Any = response.stream
+    for step in ("_stream", "_httpcore_stream", "_stream", "_connection", "_h11_state"):  # no public way, 0.28 and 1.0
+        connection = getattr(connection, step, None)
+    if connection is not None and connection.trailing_data[0]:
+        connection.send_failed()  # httpcore closes what is not in order on both sides
 
 
 @asynccontextmanager

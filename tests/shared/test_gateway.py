@@ -206,7 +206,7 @@ async def test_a_stream_extends_its_hold_and_ends_with_length_when_it_cannot(kit
     poor = await kit.ask(await key_of(kit, balance=held, credit=held), ask(stream=True))
     assert poor.chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert len(poor.text) < len(rich.text)
-    assert 0 <= poor.key.balance
+    assert poor.key.balance >= 0
     assert poor.key.balance + poor.key.spent == held
     assert poor.row.doc["finish_reason"] == "length"
 

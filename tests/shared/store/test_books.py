@@ -128,7 +128,7 @@ async def test_with_lost_replies_and_dead_callers_the_books_come_out_even(store:
         if dies > 0.2:
             await settle(door, asked, cost)
 
-    prices = [dice.randint(1, 1000) for _ in range(60)]
+    prices = [dice.randint(1, 1000) for _ in range(40)]
     await at_once(partial(call, price, dice.randint(0, price), dice.random()) for price in prices)
     seen = await read(store, key)
     assert seen.open  # somebody did die

@@ -39,12 +39,12 @@ async def test_64_callers_get_exactly_the_limit_in_every_minute(store: Store, lo
         await settle(door, asked, cost=0)
         return "admitted"
 
-    for minute in range(3):
-        answers = Counter(await at_once([partial(call, NOW + minute * MINUTE)] * 130))
-        assert answers == {"admitted": 100, "rpm": 30}
+    for minute in range(2 if loses_replies else 3):
+        answers = Counter(await at_once([partial(call, NOW + minute * MINUTE)] * 110))
+        assert answers == {"admitted": 100, "rpm": 10}
     after = await read(store, key)
-    assert (after.requests, after.open) == (300, {})
-    assert not isinstance(door, Forgetful) or door.lost > 20
+    assert (after.requests, after.open) == (100 * (minute + 1), {})
+    assert not isinstance(door, Forgetful) or door.lost > 10
 
 
 async def test_tokens_used_and_tokens_left_are_the_limit(store: Store):

@@ -1,0 +1,189 @@
+"""What only DynamoDB can do to us: dead endpoints, throttling, engines that say less."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from botocore.exceptions import BotoCoreError, ClientError
+
+from shared.errors import StoreUnavailable
+from shared.store.base import Admitted, Refused, Store, VirtualKey
+from shared.store.dynamodb import DynamoStore, address, create_table_at, item_of
+from tests.server import free_port
+from tests.shared.store.callers import NOW, ask, hold, new_key, open_one, row
+from tests.shared.store.conftest import REGION, RESOURCES
+
+KEY = VirtualKey("k", "h", "n", rpm=1)
+FAILED = 400, {"__type": "com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException"}
+
+
+class Endpoint:
+    """Answers each operation by `replies[operation]`, status and body; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.replies: dict[str, tuple[int, Any]] = {}
+        self.asked: Counter[str] = Counter()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                operation = self.headers["x-amz-target"].partition(".")[2]
+                self.rfile.read(int(self.headers["content-length"]))
+                endpoint.asked[operation] += 1
+                status, body = endpoint.replies[operation]
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/x-amz-json-1.0")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    endpoint = Endpoint()
+    thread = threading.Thread(target=endpoint.server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield endpoint
+    endpoint.server.shutdown()
+    thread.join()
+    endpoint.server.server_close()
+
+
+@pytest.fixture
+async def spoken_for(endpoint: Endpoint):
+    """A store at that endpoint."""
+    store = DynamoStore("lightrail", REGION, endpoint.url)
+    yield store
+    await store.close()
+
+
+EVERY_STEP: list[Callable[[Store], Any]] = [
+    lambda store: store.key(KEY.id),
+    lambda store: store.admit(ask(KEY)),
+    lambda store: store.settle(KEY.id, "r", hold(), 1, 1, NOW),
+    lambda store: store.record(row(ask(KEY), 1), NOW),
+    lambda store: store.generations(KEY.id, 1),
+]
+
+
+@pytest.mark.parametrize("step", EVERY_STEP[:2])
+async def test_a_dead_endpoint_is_a_store_fault_never_an_unknown_key(step: Callable[[Store], Any]):
+    store = DynamoStore("lightrail", REGION, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(StoreUnavailable) as caught:
+        await step(store)
+    assert isinstance(caught.value.__cause__, BotoCoreError)
+    await store.close()
+
+
+@pytest.mark.parametrize("step", EVERY_STEP)
+async def test_a_missing_table_is_a_store_fault(engine: str, step: Callable[[Store], Any]):
+    store = DynamoStore("no-such-table", REGION, engine)
+    with pytest.raises(StoreUnavailable) as caught:
+        await step(store)
+    assert isinstance(caught.value.__cause__, ClientError)
+    await store.close()
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, "ThrottlingException"), (500, "InternalServerError")])
+async def test_throttling_and_faults_are_tried_three_times(
+    endpoint: Endpoint, spoken_for: Store, status: int, error: str
+):
+    endpoint.replies["UpdateItem"] = status, {"__type": f"com.amazonaws.dynamodb.v20120810#{error}", "message": "no"}
+    with pytest.raises(StoreUnavailable):
+        await spoken_for.admit(ask(KEY))
+    assert endpoint.asked == {"UpdateItem": 3}
+
+
+async def test_a_silent_engine_is_asked_why_it_refused(endpoint: Endpoint, spoken_for: Store):
+    taken = VirtualKey("k", "h", "n", rpm=1, windows={f"r{NOW // 60}": 0})
+    endpoint.replies = {"UpdateItem": FAILED, "GetItem": (200, {"Item": item_of(taken)})}
+    assert await spoken_for.admit(ask(KEY)) == Refused("rpm", taken)
+    endpoint.replies["GetItem"] = 200, {}
+    assert await spoken_for.admit(ask(KEY)) == Refused("unknown", None)
+    assert endpoint.asked == {"UpdateItem": 2, "GetItem": 2}
+
+
+async def test_a_silent_engine_that_lost_a_reply_has_admitted(endpoint: Endpoint, spoken_for: Store):
+    asked = ask(KEY)
+    mine = VirtualKey("k", "h", "n", windows={f"r{NOW // 60}": 0}, open={asked.request_id: asked.hold})
+    endpoint.replies = {"UpdateItem": FAILED, "GetItem": (200, {"Item": item_of(mine)})}
+    assert await spoken_for.admit(asked) == Admitted(mine)
+
+
+async def test_a_refusal_that_nothing_explains_is_tried_once_more_and_then_a_store_fault(
+    endpoint: Endpoint, spoken_for: Store
+):
+    endpoint.replies = {"UpdateItem": FAILED, "GetItem": (200, {"Item": item_of(KEY)})}
+    with pytest.raises(StoreUnavailable):
+        await spoken_for.admit(ask(KEY))
+    assert endpoint.asked == {"UpdateItem": 2, "GetItem": 2}
+
+
+async def test_an_unexplained_settle_gives_up(endpoint: Endpoint, spoken_for: Store):
+    stubborn = VirtualKey("k", "h", "n", open={"r": hold(5)})
+    endpoint.replies = {"UpdateItem": FAILED, "GetItem": (200, {"Item": item_of(stubborn)})}
+    with pytest.raises(StoreUnavailable):
+        await spoken_for.settle("k", "r", hold(5), 1, 1, NOW)
+
+
+async def test_an_admission_is_one_write_of_an_item_that_stays_small(moto_table: str):
+    store = DynamoStore(*address(moto_table))
+    key = await new_key(store, rpm=1000, tpm=10**6, daily_budget=10**12, balance=10**12)
+    for _ in range(16):
+        await open_one(store, key, money=10**9, tokens=4096)
+    item = item_of(await store.key(key.id) or KEY)
+    assert size(item) <= 1024  # one write unit
+    await store.close()
+
+
+def size(item: dict[str, Any]) -> int:
+    """DynamoDB's own count of an item's bytes."""
+
+    def of(attribute: dict[str, Any]) -> int:
+        ((kind, value),) = attribute.items()
+        match kind:
+            case "N":
+                return (len(value.strip("0")) + 1) // 2 + 1
+            case "M":
+                return 3 + sum(len(name) + of(each) + 1 for name, each in value.items())
+            case "S":
+                return len(value.encode())
+            case _:
+                return 1
+
+    return sum(len(name) + of(each) for name, each in item.items())
+
+
+def test_the_table_is_made_once_and_expires_records(engine_table: str):
+    assert not create_table_at(engine_table, RESOURCES)
+
+
+def test_a_table_that_cannot_be_made_is_a_store_fault():
+    with pytest.raises(StoreUnavailable):
+        create_table_at(f"dynamodb://lightrail?region={REGION}&endpoint=http://127.0.0.1:{free_port()}", RESOURCES)
+
+
+def test_the_table_outlives_its_stack_and_costs_nothing_idle(tmp_path: Path):
+    table = yaml.safe_load(RESOURCES.read_text())["Resources"]["Table"]
+    assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("Retain", "Retain")
+    properties = table["Properties"]
+    assert properties["BillingMode"] == "PAY_PER_REQUEST"
+    assert properties["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}
+    assert properties["SSESpecification"] == {"SSEEnabled": True}
+    keys = next(index for index in properties["GlobalSecondaryIndexes"] if index["IndexName"] == "keys")
+    assert keys["Projection"] == {"ProjectionType": "KEYS_ONLY"}  # else every admission writes it too
