@@ -31,40 +31,36 @@ DRAIN_SECONDS = 0.25
 """What it may take, after `[DONE]`, to end the body; else the connection is not reused."""
 MAX_BAD_EVENTS = 3
 
+HEADERS = {"user-agent": "lightrail", "accept": "*/*", "accept-encoding": "identity"}
 DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect()}
 CONTENT = ("content", "reasoning_content", "tool_calls", "refusal", "function_call", "audio")
 
 
 class Upstream:
-    """Sends for all dialects alike. Time is the event loop's; `deadline` is when the whole request must be over."""
+    """Sends for all dialects alike. Time is the event loop's; `deadline` is when the whole request must be over.
+
+    Requests go to httpx's transport itself: its client would keep cookies, follow the environment and look for
+    redirects, and costs half as much again."""
 
     def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings
         self._transport = transport
-        self._client: httpx.AsyncClient | None = None
+        self._demo = EchoTransport()
         self._urls: dict[str, httpx.URL] = {}
+        timeouts = {"connect": settings.connect_timeout, "pool": settings.connect_timeout, "read": None, "write": None}
+        self._extensions = {"timeout": timeouts}  # reading and writing are timed by `complete` and `stream`
 
     @property
-    def client(self) -> httpx.AsyncClient:
-        """Made at first use: it costs a TLS context. Credentials never follow a redirect, nor the environment."""
-        if self._client is None:
-            self._client = httpx.AsyncClient(
-                timeout=httpx.Timeout(
-                    None, connect=self._settings.connect_timeout, pool=self._settings.connect_timeout
-                ),
-                limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=IDLE_SECONDS),
-                headers={"user-agent": "lightrail", "accept-encoding": "identity"},
-                proxy=self._settings.proxy,
-                mounts={"demo://": EchoTransport()},
-                transport=self._transport,
-                trust_env=False,
-                follow_redirects=False,
-            )
-        return self._client
+    def transport(self) -> httpx.AsyncBaseTransport:
+        """Made at first use: it costs a TLS context."""
+        if self._transport is None:
+            limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=IDLE_SECONDS)
+            self._transport = httpx.AsyncHTTPTransport(limits=limits, proxy=self._settings.proxy, trust_env=False)
+        return self._transport
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        if self._transport is not None:
+            await self._transport.aclose()
 
     def prepare(self, call: Call, to: Deployment, max_tokens: int | None = None) -> Outgoing:
         """What would be sent; raises UnsupportedParameter for what this deployment cannot be asked."""
@@ -119,8 +115,10 @@ class Upstream:
         url = self._urls.get(outgoing.url)
         if url is None:
             url = self._urls[outgoing.url] = httpx.URL(outgoing.url)
-        request = self.client.build_request("POST", url, headers=outgoing.headers, content=outgoing.content)
-        response = await self.client.send(request, stream=True)
+        headers = {**HEADERS, **outgoing.headers}
+        request = httpx.Request("POST", url, headers=headers, content=outgoing.content, extensions=self._extensions)
+        transport = self._demo if url.scheme == "demo" else self.transport
+        response = await transport.handle_async_request(request)
         try:
             yield response
         finally:
@@ -264,7 +262,7 @@ async def _raw(response: httpx.Response) -> AsyncGenerator[bytes]:
     async for data in response.stream:
         yield data
     connection: Any = response.stream
-    for step in ("_stream", "_httpcore_stream", "_stream", "_connection", "_h11_state"):  # no public way, 0.28 and 1.0
+    for step in ("_httpcore_stream", "_stream", "_connection", "_h11_state"):  # no public way in httpx 0.28
         connection = getattr(connection, step, None)
     if connection is not None and connection.trailing_data[0]:
         connection.send_failed()  # httpcore closes what is not in order on both sides

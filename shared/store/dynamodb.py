@@ -118,7 +118,7 @@ class DynamoStore:
                 removes=[name for name in differing if name not in new],
             )
             with suppress(ConditionFailedError):
-                return key_of((await self._update(key_id, write))["Attributes"])
+                return key_of((await self._update(key_id, write, ReturnValues="ALL_NEW"))["Attributes"])
         raise StoreUnavailable(UNAVAILABLE)
 
     async def admit(self, ask: Ask) -> Admitted | Refused:
@@ -137,7 +137,7 @@ class DynamoStore:
         write = update(Move.admitting(hold), condition, values, request_id=ask.request_id, sets=["p.#id = :hold"])
         for _ in range(2):
             try:
-                key = key_of((await self._update(ask.key_id, write))["Attributes"])
+                key = key_of((await self._update(ask.key_id, write, ReturnValues="ALL_NEW"))["Attributes"])
             except ConditionFailedError as failed:
                 if said := verdict(await self._standing(ask.key_id, failed), ask):
                     return said  # else what refused has changed since, on an engine that does not return the item
@@ -243,15 +243,15 @@ class DynamoStore:
             ReturnValuesOnConditionCheckFailure="ALL_OLD",
         )
 
-    async def _update(self, key_id: str, write: JSON) -> JSON:
+    async def _update(self, key_id: str, write: JSON, **more: Any) -> JSON:
         """Raises ConditionFailedError where the condition did not hold."""
         return await self._call(
             "update_item",
             TableName=self._table,
             Key=key_at(key_id),
-            ReturnValues="ALL_NEW",
             ReturnValuesOnConditionCheckFailure="ALL_OLD",
             **write,
+            **more,
         )
 
     async def _query(self, condition: str, values: JSON, **more: Any) -> AsyncIterator[JSON]:

@@ -150,7 +150,7 @@ class Model:
 
 
 @given(steps=STEPS)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_the_store_and_simple_bookkeeping_agree(store: Store, steps: list[tuple[Any, ...]]):
     limits = {"rpm": 6, "tpm": 100, "daily_budget": 120}
     model = Model(store, await new_key(store, **limits, balance=200, concurrency=4), limits)
