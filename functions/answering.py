@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from functions.deps import Services, body
-from functions.responses import EventStream, JSONBytes, Listener, answer_headers
+from functions.responses import EventStream, JSONBytes, Listener, answer_headers, stopping
 from shared.errors import GatewayError, InvalidRequest, NoProvider, NotFound
 from shared.exchange import Exchange
 from shared.gateway import Gateway
@@ -38,9 +38,9 @@ async def whole(request: Request, gateway: Gateway, exchange: Exchange) -> Respo
             return JSONBytes(await gateway.complete(exchange), headers=answer_headers(exchange))
         exchange.interrupt()
         return Response(status_code=499)  # the caller hung up: nobody is there to read it
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as stopped:
         exchange.interrupt()
-        raise
+        raise stopping() from stopped
     except GatewayError as error:
         exchange.error = error
         error.headers = {**answer_headers(exchange), **error.headers}

@@ -7,10 +7,12 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from functions.deps import Services, build
@@ -26,6 +28,7 @@ from shared.store.base import Store
 from shared.telemetry import logger
 
 VERSION = "0.1.0"
+METHODS = ("GET", "HEAD", "POST", "PATCH", "DELETE")
 EXPOSED = [
     "x-request-id",
     "retry-after",
@@ -88,8 +91,15 @@ async def unrouted(request: Request, error: Exception) -> JSONBytes:
         404: NotFound(f"Invalid URL {where}.", code="unknown_url"),
         405: MethodNotAllowed(f"Method not allowed {where}."),
     }.get(error.status_code, InvalidRequest(f"Bad request {where}."))
-    refusal.headers |= error.headers or {}
+    if error.status_code == 405:
+        refusal.headers["allow"] = ", ".join(method for method in METHODS if answers_to(request, method))
     return await refuse(request, refusal)
+
+
+def answers_to(request: Request, method: str) -> bool:
+    """Whether any route takes this method at the request's path; the framework would name the first route's only."""
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 async def unstoppable(work: Coroutine[Any, Any, None]) -> None:
@@ -118,7 +128,7 @@ class Envelope:
         told: dict[str, Any] = {
             "id": f"{prefix}-{time_ordered(time.time())}",
             "method": scope["method"],
-            "path": path[:200],
+            "path": quote(path[:200], safe="/:@+"),  # a line end in it would forge a line of the log
             "status": 0,
             "ms": 0.0,
         }

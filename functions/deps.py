@@ -71,13 +71,14 @@ def build(settings: Settings, store: Store | None = None, *, demo: bool = False)
     )
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
+    """Dependencies are `async` even where they await nothing: FastAPI sends the others through a thread."""
     return request.app.state.services
 
 
-def credential(request: Request) -> Credential:
+async def credential(request: Request) -> Credential:
     """Who the caller says to be, without asking the store. An over-long body is refused first, by its header."""
-    offered: Services = services(request)
+    offered = await services(request)
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > offered.settings.max_body_bytes:
         raise too_large(offered.settings)
@@ -88,11 +89,11 @@ def credential(request: Request) -> Credential:
 
 
 async def identified(request: Request) -> VirtualKey:
-    return await services(request).keys.identify(credential(request))
+    return await (await services(request)).keys.identify(await credential(request))
 
 
 async def administrator(request: Request) -> VirtualKey:
-    return await services(request).keys.administrator(credential(request))
+    return await (await services(request)).keys.administrator(await credential(request))
 
 
 Offered = Annotated[Services, Depends(services)]

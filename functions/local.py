@@ -52,7 +52,7 @@ def pepper() -> str:
 
 
 def main() -> int:
-    load_dotenv()
+    load_dotenv(".env")
     try:
         settings = Settings.read(os.environ)
         if settings.lr_key_pepper is None:
@@ -65,9 +65,16 @@ def main() -> int:
     if not services.catalog.on():
         print("Lightrail cannot start: no provider is on.", *why_off(services), sep="\n  ", file=sys.stderr)
         return 2
-    shown_keys = asyncio.run(first_keys(services)) if settings.lr_admin_key is None else {}
-    server = Server(app, settings, shown_keys)
-    server.run()
+    try:
+        shown_keys = asyncio.run(first_keys(services))
+        taken(settings.host, settings.port)
+    except StoreUnavailable:
+        print(f"Lightrail cannot start: DATABASE_URL: {settings.database_url} cannot be opened.", file=sys.stderr)
+        return 1
+    except OSError as trouble:
+        print(f"Lightrail cannot start: {trouble.strerror} XXX", file=sys.stderr)
+        return 1
+    Server(app, settings, shown_keys).run()
     return 0
 
 

@@ -15,7 +15,6 @@ from shared import limits, sse
 from shared.errors import GatewayError, Overloaded
 from shared.exchange import Exchange
 from shared.gateway import Gateway
-from shared.schema import JSON
 
 HOLD = 10.0
 """Seconds of silence after which a comment goes out, and with the first one the headers."""
@@ -102,7 +101,7 @@ class EventStream(Response):
             await self._end()
         except asyncio.CancelledError:
             exchange.interrupt()
-            await self._write(sse.encode(stopping(exchange)))
+            await self._write(sse.encode(exchange.answer.error(stopping()) if exchange.answer else stopping().body()))
             await self._end()
         finally:
             beat.cancel()
@@ -144,7 +143,6 @@ class EventStream(Response):
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def stopping(exchange: Exchange) -> JSON:
-    """The error event of a stream that the server's own end cuts short."""
-    error = Overloaded("The gateway is shutting down; please try again.")
-    return exchange.answer.error(error) if exchange.answer else error.body()
+def stopping() -> Overloaded:
+    """What a caller is told whose answer the server's own end cuts short."""
+    return Overloaded("The gateway is shutting down; please try again.")

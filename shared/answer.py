@@ -27,6 +27,7 @@ class Answer:
         self.length = 0
         self.started = False
         self.ended = False
+        self._tells_usage = exchange.call.include_usage
         self._finish: dict[int, tuple[str, str | None]] = {}
         self._seen: set[int] = set()
         chat = exchange.call.surface == "chat"
@@ -59,7 +60,7 @@ class Answer:
                 body.pop("usage", None)
                 body |= self._head
                 body["choices"] = choices
-                if self._exchange.call.include_usage:
+                if self._tells_usage:
                     body["usage"] = None
                 chunks.append(body)
         if chunks and not self.started:
@@ -114,7 +115,7 @@ class Answer:
             {**self._head, "choices": [{"index": index, **self._empty, "logprobs": None, "finish_reason": reason}]}
             for index, (reason, _) in sorted(self._finish.items())
         ]
-        if self._exchange.call.include_usage:
+        if self._tells_usage:
             for chunk in chunks:
                 chunk["usage"] = None
             chunks.append({**self._head, "choices": []})

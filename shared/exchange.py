@@ -55,7 +55,7 @@ class Exchange:
     """`estimate` is the prompt's size and `output` the reserved answer's, in tokens; `created` is the wall clock.
 
     `committed`: the caller has a status already, so an error must be an event. `enough_until`: the length of the
-    answer, in characters, to which the hold is known to suffice."""
+    answer, in characters, to which the hold is known to suffice; it matters where the answer `grows` without bound."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Exchange:
         self.first_content: float | None = None
         self.committed = False
         self.interrupted = False
+        self.grows = key.has_money_limit and call.max_tokens is None
         self.enough_until = 0
         self._usage: Usage | None = None
 

@@ -117,7 +117,7 @@ class Gateway:
                                 yield answer.ending()
                             elif chunks := answer.take(batch):
                                 yield chunks
-                                if not await self._may_go_on(exchange, answer):
+                                if exchange.grows and not await self._may_go_on(exchange, answer):
                                     answer.cut_short()
                                     break
                     if not answer.finished:
@@ -191,8 +191,7 @@ class Gateway:
     async def _may_go_on(self, exchange: Exchange, answer: Answer) -> bool:
         """Keep the hold ahead of a growing stream; False when the key's money ends here."""
         price, call = exchange.deployment.price, exchange.call
-        if call.max_tokens is not None or not exchange.key.has_money_limit or price is None:
-            return True
+        assert price is not None, "a key with a money limit is only sent to what has a price"
         if answer.length < exchange.enough_until:
             return True
         spare = exchange.output - answer.meter.tokens * 1.25 - 64

@@ -6,6 +6,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Any, cast
 
 import httpx
@@ -29,6 +30,8 @@ TRAILER_SECONDS = 5.0
 """What a stream may still take, after its finish reason, to send usage and `[DONE]`."""
 DRAIN_SECONDS = 0.25
 """What it may take, after `[DONE]`, to end the body; else the connection is not reused."""
+LOOK_SECONDS = 0.25
+"""How often a timer looks at most whether its time, which may have come nearer, is up."""
 MAX_BAD_EVENTS = 3
 
 HEADERS = {"user-agent": "lightrail", "accept": "*/*", "accept-encoding": "identity"}
@@ -68,7 +71,7 @@ class Upstream:
 
     async def complete(self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float) -> Piece:
         """A whole answer, in OpenAI's shape; raises ProviderError."""
-        async with _faults("total_timeout"), asyncio.timeout_at(deadline), self._send(outgoing) as response:
+        async with _faults(), Timer(deadline), self._send(outgoing) as response:
             await _check(response, to)
             return dialect_of(to).completion(call, to, await _json(response))
 
@@ -80,34 +83,35 @@ class Upstream:
         An empty list is the provider's own `[DONE]`; after it the body is only read to its end, so that the connection
         may be reused. A stream may end without one: only finish reasons tell a whole answer. Must be iterated by one
         task, whose cancellation is how time runs out."""
-        loop = asyncio.get_running_loop()
-        fault, patience = "first_content_timeout", to.provider.first_content_for(to.model, self._settings)
-        first_by = min(deadline, loop.time() + patience)
-        faults = _faults(lambda: "total_timeout" if loop.time() >= deadline else fault)
-        async with faults, asyncio.timeout_at(first_by) as timer, self._send(outgoing) as response:
+        patience = to.provider.first_content_for(to.model, self._settings)
+        async with (
+            _faults(),
+            Timer(deadline, "first_content_timeout", patience) as timer,
+            self._send(outgoing) as response,
+        ):
             await _check(response, to)
             if response.headers.get("content-type", "").startswith("application/json"):
                 yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
                 return
-            reader, held = _Reader(dialect_of(to).stream(call, to)), list[Piece]()
+            reader, held, begun = _Reader(dialect_of(to).stream(call, to)), list[Piece](), False
             gap = to.provider.gap_timeout or self._settings.gap_timeout
             async for data in _decoded(response):
                 if reader.done:
                     continue
-                pieces = held + reader.feed(data)
-                if fault == "first_content_timeout" and not reader.done and not any(map(has_content, pieces)):
-                    held = pieces
-                    continue
-                if fault == "first_content_timeout" and not any(map(has_content, pieces)):
-                    raise ProviderError("empty", "The provider's stream held no answer.", ambiguous=True)
-                fault, held = "gap_timeout", []
-                timer.reschedule(None)  # the caller's own slowness is not the provider's
+                pieces = reader.feed(data)
+                if not begun:
+                    held += pieces
+                    if not any(map(has_content, held)):
+                        if reader.done:
+                            raise ProviderError("empty", "The provider's stream held no answer.", ambiguous=True)
+                        continue
+                    begun, pieces = True, held
+                timer.rest()  # the caller's own slowness is not the provider's
                 if pieces:
                     yield pieces
                 if reader.done:
                     yield []
-                patience = DRAIN_SECONDS if reader.done else TRAILER_SECONDS if reader.finished else gap
-                timer.reschedule(min(deadline, loop.time() + patience))
+                timer.wait("gap_timeout", DRAIN_SECONDS if reader.done else TRAILER_SECONDS if reader.finished else gap)
             reader.end()
 
     @asynccontextmanager
@@ -123,6 +127,47 @@ class Upstream:
             yield response
         finally:
             await response.aclose()
+
+
+class Timer:
+    """Cancels its block, as ProviderError, once nothing came for as long as was to be waited, or at the deadline.
+
+    As `asyncio.timeout`, but to wait anew costs an assignment, not a new timer: it is done for every chunk."""
+
+    def __init__(self, deadline: float, fault: str = "total_timeout", seconds: float = inf) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._deadline = deadline
+        self._fired = False
+        self.wait(fault, seconds)
+
+    def wait(self, fault: str, seconds: float) -> None:
+        """Something came: for the next thing wait so long; `fault` says what it is if it does not come."""
+        due = self._loop.time() + seconds
+        self._due, self._fault = (due, fault) if due < self._deadline else (self._deadline, "total_timeout")
+
+    def rest(self) -> None:
+        """Not waiting: whoever is at work now is not to be cancelled."""
+        self._due = inf
+
+    async def __aenter__(self) -> Timer:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._look()
+        return self
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._due <= now:
+            self._fired = True
+            self._task.cancel()
+        else:
+            self._handle = self._loop.call_at(min(self._due, now + LOOK_SECONDS), self._look)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._handle.cancel()
+        if self._fired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise ProviderError(self._fault, "The provider did not answer in time.", ambiguous=True)
 
 
 def dialect_of(to: Deployment) -> Dialect:
@@ -269,15 +314,12 @@ async def _raw(response: httpx.Response) -> AsyncGenerator[bytes]:
 
 
 @asynccontextmanager
-async def _faults(timed_out: str | Callable[[], str]) -> AsyncGenerator[None]:
-    """httpx's and asyncio's exceptions as faults; `timed_out` names what a TimeoutError means here."""
+async def _faults() -> AsyncGenerator[None]:
+    """httpx's exceptions as faults."""
     try:
         yield
     except sse.TooLong:
         raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True) from None
-    except TimeoutError:
-        fault = timed_out if isinstance(timed_out, str) else timed_out()
-        raise ProviderError(fault, "The provider did not answer in time.", ambiguous=True) from None
     except httpx.ConnectTimeout as error:
         raise ProviderError("connect_timeout", "The provider could not be reached in time.") from error
     except httpx.ConnectError as error:

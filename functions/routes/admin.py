@@ -33,11 +33,12 @@ async def usage(request: Request, _: Administrator, services: Offered) -> JSONBy
         raise InvalidRequest(f"'group_by' is one of {', '.join(GROUPS)}.", param="group_by", code="invalid_value")
     last = _day(asked, "to", int(time.time()) // 86400)
     first = _day(asked, "from", last - DAYS + 1)
+    oldest = int(time.time()) // 86400 - services.settings.generation_ttl_days
     if not 0 <= last - first < MOST_DAYS:
         raise InvalidRequest(f"'from' to 'to' must be 1 to {MOST_DAYS} days.", param="from", code="invalid_value")
     sums: dict[str, JSON] = {}
     for key in await _keys(services, asked.get("key")):
-        async for row in books.usage(services.store, key.id, first, last):
+        async for row in books.usage(services.store, key.id, first, last, oldest):
             name = key.id if group == "key" else _date(row["day"]) if group == "day" else row[group] or "unknown"
             entry = sums.setdefault(name, {group: name, **({"name": key.name} if group == "key" else {})})
             for count in COUNTS:
@@ -59,9 +60,9 @@ async def list_generations(request: Request, _: Administrator, services: Offered
         raise InvalidRequest(f"'limit' is a number from 1 to {MOST_PAGE}.", param="limit", code="invalid_value")
     key = (await _keys(services, asked["key"]))[0]
     day = _day(asked, "day", int(time.time()) // 86400)
-    rows = await services.store.generations(key.id, day, asked.get("after", "")[:64], int(limit))
-    data = [generations.view(row, key) for row in rows]
-    return JSONBytes({"object": "list", "data": data, "has_more": len(rows) == int(limit)})
+    rows = await services.store.generations(key.id, day, asked.get("after", "")[:64], int(limit) + 1)
+    data = [generations.view(row, key) for row in rows[: int(limit)]]
+    return JSONBytes({"object": "list", "data": data, "has_more": len(rows) > len(data)})
 
 
 async def _keys(services: Offered, key_id: str | None) -> Sequence[VirtualKey]:
@@ -87,10 +88,12 @@ def _day(asked: dict[str, str], name: str, default: int) -> int:
     if name not in asked:
         return default
     try:
-        moment = datetime.strptime(asked[name], "%Y-%m-%d").replace(tzinfo=UTC)
+        day = int(datetime.strptime(asked[name], "%Y-%m-%d").replace(tzinfo=UTC).timestamp()) // 86400
     except ValueError:
-        raise InvalidRequest(f"'{name}' is a day, YYYY-MM-DD.", param=name, code="invalid_value") from None
-    return int(moment.timestamp()) // 86400
+        day = -1
+    if day < 0:
+        raise InvalidRequest(f"'{name}' is a day, YYYY-MM-DD.", param=name, code="invalid_value")
+    return day
 
 
 def _date(day: int) -> str:

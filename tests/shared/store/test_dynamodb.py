@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.errors import StoreUnavailable
 from shared.store.base import Admitted, Refused, Store, VirtualKey
-from shared.store.dynamodb import DynamoStore, address, create_table_at, item_of
+from shared.store.dynamodb import DynamoStore, address, connect, create_table_at, item_of
 from tests.server import free_port
 from tests.shared.store.callers import NOW, ask, hold, new_key, open_one, row
 from tests.shared.store.conftest import REGION, RESOURCES
@@ -141,13 +140,13 @@ async def test_an_unexplained_settle_gives_up(endpoint: Endpoint, spoken_for: St
         await spoken_for.settle("k", "r", hold(5), 1, 1, NOW)
 
 
-async def test_an_admission_is_one_write_of_an_item_that_stays_small(moto_table: str):
+async def test_a_key_with_16_open_requests_costs_one_write_unit(moto_table: str):
     store = DynamoStore(*address(moto_table))
     key = await new_key(store, rpm=1000, tpm=10**6, daily_budget=10**12, balance=10**12)
     for _ in range(16):
         await open_one(store, key, money=10**9, tokens=4096)
     item = item_of(await store.key(key.id) or KEY)
-    assert size(item) <= 1024  # one write unit
+    assert size(item) <= 1024
     await store.close()
 
 
@@ -171,6 +170,9 @@ def size(item: dict[str, Any]) -> int:
 
 def test_the_table_is_made_once_and_expires_records(engine_table: str):
     assert not create_table_at(engine_table, RESOURCES)
+    table, region, endpoint = address(engine_table)
+    found = connect(region, endpoint).describe_time_to_live(TableName=table)["TimeToLiveDescription"]
+    assert (found["TimeToLiveStatus"], found["AttributeName"]) == ("ENABLED", "ttl")
 
 
 def test_a_table_that_cannot_be_made_is_a_store_fault():
@@ -178,7 +180,7 @@ def test_a_table_that_cannot_be_made_is_a_store_fault():
         create_table_at(f"dynamodb://lightrail?region={REGION}&endpoint=http://127.0.0.1:{free_port()}", RESOURCES)
 
 
-def test_the_table_outlives_its_stack_and_costs_nothing_idle(tmp_path: Path):
+def test_the_table_outlives_its_stack_and_costs_nothing_idle():
     table = yaml.safe_load(RESOURCES.read_text())["Resources"]["Table"]
     assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("Retain", "Retain")
     properties = table["Properties"]
