@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
         keys.add_parser(verb, help=what).add_argument("id")
     rotate = keys.add_parser("rotate", help="a new secret, shown this once")
     rotate.add_argument("id")
-    rotate.add_argument("--grace-seconds", type=int, default=86400, help="how long the old secret is still good")
+    rotate.add_argument(
+        "--grace-seconds", type=int, default=keyform.GRACE, help="how long the old secret is still good"
+    )
     table = nouns.add_parser("table", help="the DynamoDB table").add_subparsers(dest="verb", required=True)
     table.add_parser("create", help="make it on the endpoint that DATABASE_URL names (local engines)")
     return root
@@ -75,9 +77,19 @@ def fields(given: argparse.Namespace) -> JSON:
             body[field] = None
         elif field == "models":
             body[field] = [model.strip() for model in value.split(",") if model.strip()]
+        elif field in ("name", "role") or (field == "expires_at" and not value.isdecimal()):
+            body[field] = value
         else:
-            body[field] = json.loads(value) if field not in ("name", "role", "expires_at") else value
+            body[field] = parsed(name, value)
     return body
+
+
+def parsed(option: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        wanted = "a JSON object" if option == "metadata" else f"a number, or '{NONE}'"
+        raise ValueError(f"--{option} takes {wanted}") from None
 
 
 async def run(given: argparse.Namespace, keys: Keys, store: Store) -> Any:
@@ -98,7 +110,7 @@ async def run(given: argparse.Namespace, keys: Keys, store: Store) -> Any:
             form = keyform.read(keyform.KeyPatch, fields(given))
             return keyform.shown(await keys.change(given.id, keyform.change(form)), now)
         case "rotate":
-            changed, key = await keys.rotate(given.id, given.grace_seconds)
+            changed, key = await keys.rotate(given.id, keyform.grace(given.grace_seconds))
             return {"key": key, **keyform.shown(changed, now)}
         case _:
             await keys.delete(given.id)
@@ -114,7 +126,7 @@ def create_table(settings: Settings) -> JSON:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    load_dotenv()
+    load_dotenv(".env")
     given = parser().parse_args(arguments)
     try:
         settings = Settings.read(os.environ)

@@ -13,6 +13,8 @@ from shared.schema import JSON, invalid
 from shared.store.base import NEVER, UNLIMITED, KeyChange, VirtualKey, is_unlimited
 
 DOLLAR = 10**9
+GRACE, MOST_GRACE = 86400, 30 * 86400
+"""Seconds for which a rotated key's old secret is still good, unless said otherwise."""
 MOST_DOLLARS = 100_000_000
 MAX_CONCURRENCY = 1000
 """The key's item grows with each open request."""
@@ -118,6 +120,14 @@ def change(form: KeyPatch) -> KeyChange:
     fields = {name.removesuffix("_usd"): name for name in named}
     changes = {field: getattr(whole, field) for field in fields if field != "models"}
     return KeyChange(**changes, models=whole.models, all_models="models" in named and whole.models is None)
+
+
+def grace(given: Any) -> int:
+    """A rotation's grace period, checked; raises InvalidRequest."""
+    if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= MOST_GRACE:
+        message = f"Invalid 'grace_seconds': expected whole seconds from 0 to {MOST_GRACE}."
+        raise InvalidRequest(message, param="grace_seconds", code="invalid_value")
+    return given
 
 
 def shown(key: VirtualKey, now: int) -> JSON:

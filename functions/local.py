@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
+import socket
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,7 @@ FOLDER = Path(".lightrail")
 """Pepper, admin key and user key of this checkout; ignored by git, readable by its owner only."""
 GRACEFUL = 10
 """Seconds that streams in flight have to end by themselves; then each ends with an error event."""
+BACKLOG = 2048
 BOOKS_EVERY = 600
 """Seconds between two looks at what nobody settled."""
 
@@ -66,16 +69,28 @@ def main() -> int:
         print("Lightrail cannot start: no provider is on.", *why_off(services), sep="\n  ", file=sys.stderr)
         return 2
     try:
-        shown_keys = asyncio.run(first_keys(services))
-        taken(settings.host, settings.port)
-    except StoreUnavailable:
-        print(f"Lightrail cannot start: DATABASE_URL: {settings.database_url} cannot be opened.", file=sys.stderr)
-        return 1
-    except OSError as trouble:
-        print(f"Lightrail cannot start: {trouble.strerror} XXX", file=sys.stderr)
-        return 1
-    Server(app, settings, shown_keys).run()
+        listener = listening(settings)
+        keys = asyncio.run(first_keys(services))
+    except OSError as error:
+        print(f"Lightrail cannot start: {in_the_way(error, settings)}", file=sys.stderr)
+        return 2
+    except StoreUnavailable as trouble:
+        print(f"Lightrail cannot start: DATABASE_URL: the store does not answer: {trouble.__cause__}", file=sys.stderr)
+        return 2
+    Server(app, settings, keys).run([listener])
     return 0
+
+
+def listening(settings: Settings) -> socket.socket:
+    """Taken before anything is made or shown; raises OSError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+
+
+def in_the_way(error: OSError, settings: Settings) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"PORT: {settings.port} is in use. End what listens there, or choose another: PORT=8081 make run"
+    return f"HOST, PORT: nobody can listen on {settings.host} {settings.port}: {error.strerror}"
 
 
 def told(error: ValueError) -> str:
@@ -86,9 +101,10 @@ def told(error: ValueError) -> str:
 
 
 async def first_keys(services: Services) -> dict[str, tuple[str, bool]]:
-    """An admin and a user key, made once; shown whole at that time only."""
+    """An admin and a user key, made once, where no LR_ADMIN_KEY is set; shown whole at that time only."""
     shown: dict[str, tuple[str, bool]] = {}
-    for role in ("admin", "user"):
+    await services.keys.ensure_admin()  # a store that cannot be opened is told before the server starts
+    for role in () if services.settings.lr_admin_key else ("admin", "user"):
         key, new = kept(f"{role}-key", mint()[1])
         await services.keys.keep(VirtualKey("", "", f"first {role} key", role), key)
         shown[role] = key, new
@@ -131,9 +147,11 @@ async def keep_books(services: Services) -> None:
 
 
 class Server(uvicorn.Server):
-    """Says where it serves, and with which keys, once it does."""
+    """Says where it serves, and with which keys, once it does. `grace`: see `GRACEFUL`."""
 
-    def __init__(self, app: FastAPI, settings: Settings, keys: dict[str, tuple[str, bool]]) -> None:
+    def __init__(
+        self, app: FastAPI, settings: Settings, keys: dict[str, tuple[str, bool]], grace: int = GRACEFUL
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -143,7 +161,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=GRACEFUL,
+                timeout_graceful_shutdown=grace,
             )
         )
         self._services: Services = app.state.services
@@ -154,7 +172,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and self.servers:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(self._banner(f"http://{host}:{port}"), flush=True)
+            print(self._banner(f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
             self._books = asyncio.ensure_future(keep_books(self._services))
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:

@@ -30,7 +30,7 @@ class Settings(BaseModel):
     cors_origins: str = ""
     log_level: str = "INFO"
     max_body_bytes: int = Field(default=6291456, gt=0)
-    generation_ttl_days: int = Field(default=7, ge=1, le=365)
+    generation_ttl_days: int = Field(default=7, ge=3, le=365)  # days are summed up at the age of two
     aws_lambda_function_name: str | None = None
     provider_variables: Mapping[str, str] = Field(default={}, repr=False)
 
