@@ -36,7 +36,7 @@ async def usage(request: Request, _: Administrator, services: Offered) -> JSONBy
     oldest = int(time.time()) // 86400 - services.settings.generation_ttl_days
     if not 0 <= last - first < MOST_DAYS:
         raise InvalidRequest(f"'from' to 'to' must be 1 to {MOST_DAYS} days.", param="from", code="invalid_value")
-    oldest, sums = int(time.time()) // 86400 - services.settings.generation_ttl_days, dict[str, JSON]()
+    sums: dict[str, JSON] = {}
     for key in await _keys(services, asked.get("key")):
         async for row in books.usage(services.store, key.id, first, last, oldest):
             name = key.id if group == "key" else _date(row["day"]) if group == "day" else row[group] or "unknown"
