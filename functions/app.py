@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from functions.deps import Services, build
+from functions.deps import Offer, Services, build
 from functions.openapi import schema
 from functions.responses import JSONBytes
 from functions.routes import MODEL_PATHS, admin, answers, generation, health, key, keys, models
@@ -42,12 +43,24 @@ def create_app(settings: Settings, store: Store | None = None, *, demo: bool = F
     """One gateway. Raises ValueError where the settings do not suffice. `demo`: see `build`."""
     services = build(settings, store, demo=demo)
 
+    async def offer() -> Services:
+        return services
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         await services.keys.ensure_admin()
         yield
         await services.close()
 
+    app = assemble(settings, offer, lifespan)
+    app.state.services = services
+    return app
+
+
+def assemble(
+    settings: Settings, offer: Offer, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None
+) -> FastAPI:
+    """The app around services that need not be there yet: each request asks `offer` for them."""
     app = FastAPI(
         title="Lightrail",
         version=VERSION,
@@ -56,8 +69,6 @@ def create_app(settings: Settings, store: Store | None = None, *, demo: bool = F
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.services = services
-    app.add_middleware(Envelope, services=services)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -66,6 +77,7 @@ def create_app(settings: Settings, store: Store | None = None, *, demo: bool = F
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
+    app.add_middleware(Envelope, offer=offer)  # the last one added is the outermost
     app.add_exception_handler(GatewayError, refuse)
     app.add_exception_handler(HTTPException, unrouted)
     app.include_router(health.router)
@@ -115,9 +127,9 @@ async def unstoppable(work: Coroutine[Any, Any, None]) -> None:
 class Envelope:
     """Around every answer: its id and time, `no-store`, settling, one log line; an error of ours where code failed."""
 
-    def __init__(self, app: ASGIApp, services: Services) -> None:
+    def __init__(self, app: ASGIApp, offer: Offer) -> None:
         self._app = app
-        self._services = services
+        self._offer = offer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +144,8 @@ class Envelope:
             "status": 0,
             "ms": 0.0,
         }
-        scope.setdefault("state", {})["told"] = told
+        state = scope.setdefault("state", {})
+        state["told"] = told
 
         async def enveloped(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -143,7 +156,15 @@ class Envelope:
                 told["ms"] = round((time.perf_counter() - began) * 1000, 2)
 
         try:
+            services = state["services"] = await self._offer()
+        except GatewayError as error:
+            logger.error("not_ready", extra={"id": told["id"], "reason": error.message})
+            await JSONBytes(error.body(), status_code=error.status, headers=error.headers)(scope, receive, enveloped)
+            return
+        try:
             await self._app(scope, receive, enveloped)
+        except ClientDisconnect:
+            told["status"] = 499  # the caller hung up while sending: nobody is there to be told
         except Exception:
             logger.exception("unexpected", extra={"id": told["id"]})
             error = GatewayError("The gateway failed to handle this request; its operator finds it by the request id.")
@@ -153,14 +174,14 @@ class Envelope:
                 raise
             await JSONBytes(error.body(), status_code=error.status)(scope, receive, enveloped)
         finally:
-            await unstoppable(self._finish(told, began))
+            await unstoppable(self._finish(services, told, began))
 
-    async def _finish(self, told: dict[str, Any], began: float) -> None:
+    async def _finish(self, services: Services, told: dict[str, Any], began: float) -> None:
         """After the caller's last byte: record and settle a model call, then tell the log."""
         told["ms"] = told["ms"] or round((time.perf_counter() - began) * 1000, 2)
         if exchange := told.pop("exchange", None):
-            told |= generations.summary(await self._services.gateway.close(exchange))
-        self._services.telemetry.request(told)
+            told |= generations.summary(await services.gateway.close(exchange))
+        services.telemetry.request(told)
 
     def _headers(self, message: Message, told: dict[str, Any], began: float) -> list[tuple[bytes, bytes]]:
         total = (time.perf_counter() - began) * 1000

@@ -1,9 +1,13 @@
-"""The administrator's terminal: `python -m functions.cli keys create --name ada --rpm 60`; see `--help`."""
+"""The administrator's terminal: `python -m functions.cli keys create --name ada --rpm 60`; see `--help`.
+
+`--stage dev` before the rest means the one on AWS, with the credentials that the AWS command line would use.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import getpass
 import json
 import os
 import sys
@@ -15,6 +19,7 @@ from typing import Any
 from dotenv import load_dotenv
 
 from functions import keyform, local
+from shared import config
 from shared.errors import GatewayError
 from shared.keys import Keys
 from shared.schema import JSON
@@ -37,7 +42,8 @@ NONE = "none"
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="python -m functions.cli", description=__doc__)
+    root = argparse.ArgumentParser(prog="python -m functions.cli", description=(__doc__ or "").partition("\n")[0])
+    root.add_argument("--stage", help="a stage that is deployed on AWS, such as dev; else what the environment names")
     nouns = root.add_subparsers(dest="noun", required=True)
     keys = nouns.add_parser("keys", help="virtual keys").add_subparsers(dest="verb", required=True)
     create = keys.add_parser("create", help="make a key; it is shown this once")
@@ -61,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     rotate.add_argument(
         "--grace-seconds", type=int, default=keyform.GRACE, help="how long the old secret is still good"
     )
+    secrets = nouns.add_parser("secrets", help="provider keys of a stage").add_subparsers(dest="verb", required=True)
+    secrets.add_parser("push", help="give it what the environment and .env have for known providers")
+    secrets.add_parser("list", help="their names")
+    for verb, what in (("put", "give it one, asked for or read from standard input"), ("delete", "take one away")):
+        secrets.add_parser(verb, help=what).add_argument("name")
     table = nouns.add_parser("table", help="the DynamoDB table").add_subparsers(dest="verb", required=True)
     table.add_parser("create", help="make it on the endpoint that DATABASE_URL names (local engines)")
     return root
@@ -125,6 +136,48 @@ def create_table(settings: Settings) -> JSON:
     return {"created": create_table_at(settings.database_url, Path(__file__).parents[1] / "infra/resources.yml")}
 
 
+def run_secrets(given: argparse.Namespace, settings: Settings) -> JSON:
+    """What the stage has afterwards, by name; the functions see a change within five minutes."""
+    from functions.stage import PEPPER, Stage, known_variables, worth_giving  # boto3 only where it is needed
+
+    if given.stage is None:
+        raise ValueError("Whose secrets? Name the stage: python -m functions.cli --stage dev secrets …")
+    stage, known = Stage(given.stage), known_variables(config.read(Path(settings.gateway_config))[0])
+    pushed: dict[str, str] = {}
+    if given.verb == "push":
+        pushed = worth_giving(os.environ, known)
+        if not pushed:
+            raise ValueError("No provider's key is set: put them into .env, or use: secrets put OPENAI_API_KEY")
+        stage.pepper()
+    elif given.verb == "put":
+        if given.name not in known:
+            raise ValueError(f"{given.name}: no provider asks for it; gateway.toml may add one. Known: {sorted(known)}")
+        secret = getpass.getpass(f"{given.name}: ") if sys.stdin.isatty() else sys.stdin.readline()
+        if not secret.strip():
+            raise ValueError(f"{given.name}: nothing was given.")
+        pushed = {given.name: secret.strip()}
+    elif given.verb == "delete":
+        if given.name == PEPPER:
+            raise ValueError(f"{PEPPER}: every virtual key depends on it.")
+        stage.delete(given.name)
+    for name, value in pushed.items():
+        stage.put(name, value)
+    return {"stage": stage.name, "given": sorted(pushed), "secrets": sorted(stage.secrets())}
+
+
+def staged(settings: Settings, stage: str | None) -> Settings:
+    """With the table and the pepper of a stage on AWS, or of this checkout."""
+    if stage:
+        from functions.stage import Stage
+
+        there = Stage(stage)
+        settings = settings.model_copy(update={"table_name": there.outputs()["TableName"]})
+        return settings.model_copy(update={"lr_key_pepper": there.pepper()})
+    if settings.lr_key_pepper is None and settings.table_name:
+        raise ValueError("LR_KEY_PEPPER: a table on AWS has its own; name its stage: python -m functions.cli --stage …")
+    return settings.model_copy(update={"lr_key_pepper": settings.lr_key_pepper or local.pepper()})
+
+
 def main(arguments: list[str] | None = None) -> int:
     load_dotenv(".env")
     given = parser().parse_args(arguments)
@@ -132,8 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings.read(os.environ)
         if given.noun == "table":
             answer = create_table(settings)
+        elif given.noun == "secrets":
+            answer = run_secrets(given, settings)
         else:
-            pepper = settings.lr_key_pepper or local.pepper()
+            settings = staged(settings, given.stage)
+            pepper = settings.lr_key_pepper or ""
             answer = asyncio.run(with_store(settings, lambda store: run(given, Keys(store, pepper), store)))
     except (GatewayError, ValueError) as error:
         print(f"error: {local.told(error) if isinstance(error, ValueError) else error.message}", file=sys.stderr)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from fastapi import Depends, Request
 
@@ -47,17 +48,23 @@ class Services:
         await self.store.close()
 
 
-def build(settings: Settings, store: Store | None = None, *, demo: bool = False) -> Services:
+Offer: TypeAlias = Callable[[], Awaitable[Services]]
+"""The services for one request, asked once; raises GatewayError while there are none."""
+
+
+def build(
+    settings: Settings, store: Store | None = None, *, demo: bool = False, upstream: Upstream | None = None
+) -> Services:
     """Raises ValueError where the settings do not suffice; connects to nothing yet.
 
-    `demo`: where no provider is on, `demo/echo` is."""
+    `demo`: where no provider is on, `demo/echo` is. `upstream`: one whose connections shall be used on."""
     if settings.lr_key_pepper is None:
         raise ValueError("LR_KEY_PEPPER is not set: it keys the hashes of virtual keys (`make run` makes one).")
     catalog = Catalog.load(settings, PriceTable.vendored())
     if demo and not catalog.on():
         catalog = Catalog.load(settings, PriceTable.vendored(), also=("demo",))
     store = store or open_store(settings.database_url, settings.table_name)
-    limits, upstream = Limits(store, settings.generation_ttl_days), Upstream(settings)
+    limits, upstream = Limits(store, settings.generation_ttl_days), upstream or Upstream(settings)
     secrets = [settings.lr_key_pepper, settings.lr_admin_key or "", *settings.provider_variables.values()]
     return Services(
         settings=settings,
@@ -73,7 +80,7 @@ def build(settings: Settings, store: Store | None = None, *, demo: bool = False)
 
 async def services(request: Request) -> Services:
     """Dependencies are `async` even where they await nothing: FastAPI sends the others through a thread."""
-    return request.app.state.services
+    return request.state.services
 
 
 async def credential(request: Request) -> Credential:

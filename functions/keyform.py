@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from shared.errors import InvalidRequest
-from shared.schema import JSON, invalid
+from shared.schema import JSON
 from shared.store.base import NEVER, UNLIMITED, KeyChange, VirtualKey, is_unlimited
+from shared.wording import invalid
 
 DOLLAR = 10**9
 GRACE, MOST_GRACE = 86400, 30 * 86400
@@ -43,7 +44,11 @@ def _dollars(value: Any) -> Any:
 
 
 PerMinute: TypeAlias = Annotated[int, Field(ge=0, le=10**12)] | None
-Money: TypeAlias = Annotated[int, BeforeValidator(_dollars)] | None
+Dollars: TypeAlias = Annotated[float, Field(ge=0, le=MOST_DOLLARS)]
+Money: TypeAlias = Annotated[int, BeforeValidator(_dollars, json_schema_input_type=Dollars)] | None
+Moment: TypeAlias = Annotated[
+    Annotated[int, Field(ge=0, lt=NEVER)], BeforeValidator(_moment, json_schema_input_type=int | str)
+]
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -54,7 +59,7 @@ class KeyFields(BaseModel):
 
     role: Literal["user", "admin"] = "user"
     enabled: bool = True
-    expires_at: Annotated[Annotated[int, Field(ge=0, lt=NEVER)], BeforeValidator(_moment)] | None = None
+    expires_at: Moment | None = None
     models: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=200)] | None = None
     rpm: PerMinute = None
     tpm: PerMinute = None

@@ -38,15 +38,18 @@ BOOKS_EVERY = 600
 
 
 def kept(name: str, make: str) -> tuple[str, bool]:
-    """The content of a file in `FOLDER`, and whether it was made just now."""
-    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    """The content of a file in `FOLDER`, and whether it was made just now; raises ValueError."""
     path = FOLDER / name
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_text().strip(), False
-    with os.fdopen(descriptor, "w") as file:
-        file.write(make + "\n")
+        FOLDER.mkdir(mode=0o700, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return path.read_text().strip(), False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(make + "\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be kept: {error.strerror}") from error
     return make, True
 
 
@@ -61,36 +64,28 @@ def main() -> int:
         if settings.lr_key_pepper is None:
             settings = settings.model_copy(update={"lr_key_pepper": pepper()})
         app = create_app(settings, demo="--demo" in sys.argv)
+        services: Services = app.state.services
+        if not services.catalog.on():
+            raise ValueError("\n  ".join(["no provider is on.", *why_off(services)]))
+        with listening(settings) as listener:
+            server = Server(app, settings, asyncio.run(first_keys(services)))
+            server.run([listener])
     except ValueError as error:
         print(f"Lightrail cannot start: {told(error)}", file=sys.stderr)
         return 2
-    services: Services = app.state.services
-    if not services.catalog.on():
-        print("Lightrail cannot start: no provider is on.", *why_off(services), sep="\n  ", file=sys.stderr)
-        return 2
-    try:
-        listener = listening(settings)
-        keys = asyncio.run(first_keys(services))
-    except OSError as error:
-        print(f"Lightrail cannot start: {in_the_way(error, settings)}", file=sys.stderr)
-        return 2
-    except StoreUnavailable as trouble:
-        print(f"Lightrail cannot start: DATABASE_URL: the store does not answer: {trouble.__cause__}", file=sys.stderr)
-        return 2
-    Server(app, settings, keys).run([listener])
     return 0
 
 
 def listening(settings: Settings) -> socket.socket:
-    """Taken before anything is made or shown; raises OSError."""
+    """The server's socket, taken before any key is made or shown; raises ValueError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-
-
-def in_the_way(error: OSError, settings: Settings) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"PORT: {settings.port} is in use. End what listens there, or choose another: PORT=8081 make run"
-    return f"HOST, PORT: nobody can listen on {settings.host} {settings.port}: {error.strerror}"
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            advice = "End what listens there, or choose another: PORT=8081 make run"
+            raise ValueError(f"PORT: {settings.port} is in use. {advice}") from None
+        raise ValueError(f"HOST, PORT: cannot listen on {settings.host} {settings.port}: {error.strerror}") from None
 
 
 def told(error: ValueError) -> str:
@@ -101,14 +96,19 @@ def told(error: ValueError) -> str:
 
 
 async def first_keys(services: Services) -> dict[str, tuple[str, bool]]:
-    """An admin and a user key, made once, where no LR_ADMIN_KEY is set; shown whole at that time only."""
+    """An admin and a user key, made once, where no LR_ADMIN_KEY is set; shown whole at that time only.
+
+    Raises ValueError where the store or the folder cannot be had."""
     shown: dict[str, tuple[str, bool]] = {}
-    await services.keys.ensure_admin()  # a store that cannot be opened is told before the server starts
-    for role in () if services.settings.lr_admin_key else ("admin", "user"):
-        key, new = kept(f"{role}-key", mint()[1])
-        await services.keys.keep(VirtualKey("", "", f"first {role} key", role), key)
-        shown[role] = key, new
-    await services.store.close()  # its thread belonged to this loop's run; it opens again when next asked
+    try:
+        await services.keys.ensure_admin()
+        for role in () if services.settings.lr_admin_key else ("admin", "user"):
+            key, new = kept(f"{role}-key", mint()[1])
+            await services.keys.keep(VirtualKey("", "", f"first {role} key", role), key)
+            shown[role] = key, new
+    except StoreUnavailable as trouble:
+        raise ValueError(f"DATABASE_URL: the store does not answer: {trouble.__cause__ or trouble}") from trouble
+    await services.store.close()  # it opens again when next asked, within the server's own loop
     return shown
 
 

@@ -11,6 +11,7 @@ from functions.keyform import KeyPatch, KeyRequest
 from shared.schema import JSON, SHAPES, Surface
 
 ANSWERS = {"chat": "ChatCompletion", "completions": "TextCompletion", "embeddings": "EmbeddingList"}
+KNOWN_PARTS = ("TextPart", "RefusalPart", "ImagePart", "AudioPart", "FilePart")
 REF = "#/components/schemas/{model}"
 
 
@@ -119,6 +120,7 @@ def schema(app: FastAPI) -> JSON:
             described_shape = shape.model_json_schema(ref_template=REF)
             shapes |= described_shape.pop("$defs", {})
             shapes[shape.__name__] = described_shape
+        _tell_apart(shapes)
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}]
         for operations in made["paths"].values():
@@ -126,6 +128,14 @@ def schema(app: FastAPI) -> JSON:
                 _finish(operation)
         app.openapi_schema = made
     return app.openapi_schema
+
+
+def _tell_apart(shapes: JSON) -> None:
+    """What pydantic cannot say of our shapes: an unknown part is none of the known; what a patch leaves out stays."""
+    known = [shapes[name]["properties"]["type"]["const"] for name in KNOWN_PARTS]
+    shapes["OtherPart"]["properties"]["type"]["not"] = {"enum": known}
+    for field in shapes["KeyPatch"]["properties"].values():
+        field.pop("default", None)
 
 
 def _finish(operation: dict[str, Any]) -> None:

@@ -15,7 +15,10 @@ from shared import limits, sse
 from shared.errors import GatewayError, Overloaded
 from shared.exchange import Exchange
 from shared.gateway import Gateway
+from shared.telemetry import logger
 
+LAST_WORDS = 5.0
+"""Seconds past a request's own time in which its error event can still be read."""
 HOLD = 10.0
 """Seconds of silence after which a comment goes out, and with the first one the headers."""
 
@@ -60,17 +63,22 @@ class Listener:
         return kind is asyncio.CancelledError
 
 
-def answer_headers(exchange: Exchange) -> dict[str, str]:
-    """Who answered, how often was asked, and OpenAI's six `x-ratelimit-*`."""
-    return {
+def answer_headers(exchange: Exchange, *, known: bool = True) -> dict[str, str]:
+    """OpenAI's six `x-ratelimit-*`, and, once that is known, who answered and how often was asked."""
+    headers = {
         "x-request-id": exchange.id,
-        "x-lightrail-provider": exchange.deployment.provider.name,
-        "x-lightrail-model": exchange.deployment.model,
-        "x-lightrail-attempts": str(len(exchange.attempts)),
         "x-lightrail-cache": "off",
-        **({"x-lightrail-dropped": ", ".join(exchange.dropped)} if exchange.dropped else {}),
         **limits.rate_headers(exchange.key, exchange.hold.start),
     }
+    if known:
+        headers |= {
+            "x-lightrail-provider": exchange.deployment.provider.name,
+            "x-lightrail-model": exchange.deployment.model,
+            "x-lightrail-attempts": str(len(exchange.attempts)),
+        }
+        if exchange.dropped:
+            headers["x-lightrail-dropped"] = ", ".join(exchange.dropped)
+    return headers
 
 
 class EventStream(Response):
@@ -89,20 +97,21 @@ class EventStream(Response):
         beat = asyncio.ensure_future(self._beat())
         exchange = self._exchange
         try:
-            async with Listener(receive) as listener:
+            async with Listener(receive) as listener, asyncio.timeout_at(exchange.deadline + LAST_WORDS):
                 await self._relay(beat)
             if listener.hung_up:
                 exchange.interrupt()
-        except GatewayError as error:
-            if not self._begun:
-                error.headers = {**answer_headers(exchange), **error.headers}
-                raise
-            await self._write(sse.encode(error.body()))
-            await self._end()
-        except asyncio.CancelledError:
+        except TimeoutError:  # the caller does not read: nothing more can be said, and nothing is held for it
             exchange.interrupt()
-            await self._write(sse.encode(exchange.answer.error(stopping()) if exchange.answer else stopping().body()))
-            await self._end()
+        except GatewayError as error:
+            await self._fail(error)
+        except asyncio.CancelledError:  # the server is stopping
+            exchange.interrupt()
+            await self._fail(stopping())
+        except Exception:  # noqa: BLE001 whatever it is, the stream ends with an error event
+            logger.exception("unexpected", extra={"id": exchange.id})
+            exchange.error = GatewayError("The gateway failed to relay this answer.")
+            await self._fail(exchange.error)
         finally:
             beat.cancel()
 
@@ -114,6 +123,15 @@ class EventStream(Response):
                     events += sse.DONE
                 await self._write(events)
         beat.cancel()
+        await self._end()
+
+    async def _fail(self, error: GatewayError) -> None:
+        """With its own status where that is still free, else as the last event."""
+        exchange = self._exchange
+        if not self._begun:
+            error.headers = {**answer_headers(exchange), **error.headers}
+            raise error
+        await self._write(sse.encode(exchange.answer.error(error) if exchange.answer else error.body()))
         await self._end()
 
     async def _beat(self) -> None:
@@ -133,7 +151,7 @@ class EventStream(Response):
             headers = {
                 "content-type": "text/event-stream; charset=utf-8",
                 "x-accel-buffering": "no",
-                **answer_headers(self._exchange),
+                **answer_headers(self._exchange, known=not self._exchange.committed),
             }
             raw = [(name.encode(), value.encode()) for name, value in headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": raw})

@@ -16,18 +16,20 @@ TEXTS = ("content", "reasoning_content", "refusal")
 class Answer:
     """Finish reasons are kept back until the end is certain, so that none is ever followed by an error.
 
-    `started`: the caller was given content. `finished`: every choice has its finish reason. `ended`: the last chunk,
-    with usage, was given out. `length` is in characters."""
+    `started`: the caller was given content. `ended`: the last chunk, with usage, was given out. `length` is in
+    characters."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         exchange.answer = self
         self.usage: Usage | None = None
-        self.meter = Meter(exchange.deployment.model)
+        self._meter: Meter | None = None
         self.length = 0
         self.started = False
         self.ended = False
         self._tells_usage = exchange.call.include_usage
+        self._due = exchange.call.choices
+        self._all = False
         self._finish: dict[int, tuple[str, str | None]] = {}
         self._seen: set[int] = set()
         chat = exchange.call.surface == "chat"
@@ -40,8 +42,15 @@ class Answer:
         self._empty: JSON = {"delta": {}} if chat else {"text": ""}
 
     @property
-    def finished(self) -> bool:
-        return bool(self._finish) and self._seen <= self._finish.keys()
+    def whole(self) -> bool:
+        """Every choice that was asked for has its finish reason, or the provider said that these were all."""
+        return (
+            bool(self._finish) and self._seen <= self._finish.keys() and (self._all or len(self._finish) >= self._due)
+        )
+
+    def all_said(self) -> None:
+        """The provider said `[DONE]`: no further choice will come."""
+        self._all = True
 
     @property
     def finish_reason(self) -> str | None:
@@ -102,8 +111,16 @@ class Answer:
         self.length += len(text)
         self.meter.add(text)
 
+    @property
+    def meter(self) -> Meter:
+        """Made for the model that answers, which is known with its first content."""
+        if self._meter is None:
+            self._meter = Meter(self._exchange.deployment.model)
+        return self._meter
+
     def cut_short(self) -> None:
         """Stop here for want of money: every choice that still ran ends with `length`."""
+        self._all = True
         for index in self._seen:
             self._finish.setdefault(index, ("length", "budget"))
 
@@ -126,7 +143,7 @@ class Answer:
         """The error event that ends a stream instead."""
         return {**error.body(), "id": self._exchange.id, "lightrail": self._exchange.lightrail()}
 
-    def whole(self, piece: Piece) -> JSON:
+    def completed(self, piece: Piece) -> JSON:
         """A whole answer's body, with OpenAI's required fields filled in."""
         body, exchange = piece.body, self._exchange
         self.usage, self.started = piece.usage, True

@@ -5,6 +5,7 @@ The rows of a key, live or rolled up, always come to its `spent`: the row is wri
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -95,6 +96,7 @@ async def rows(store: Store, key_id: str, day: int) -> AsyncIterator[Generation]
     while page := await store.generations(key_id, day, after, PAGE):
         for row in page:
             yield row
+        await asyncio.sleep(0)  # SQLite reads on the spot: others may want the loop
         if len(page) < PAGE:
             return
         after = page[-1].id

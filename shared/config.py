@@ -98,6 +98,10 @@ class Provider(Row):
         slow = (seconds for pattern, seconds in self.slow.items() if fnmatchcase(model, pattern))
         return max(self.first_content_timeout or settings.first_content_timeout, next(slow, 0))
 
+    def reasons(self, model: str) -> bool:
+        """Whether the model thinks before it answers: the ones that are slow to their first content do."""
+        return any(fnmatchcase(model, pattern) for pattern in self.slow)
+
     def has(self, surface: Literal["completions", "embeddings"], model: str) -> bool:
         return any(fnmatchcase(model, pattern) for pattern in getattr(self, surface))
 

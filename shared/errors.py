@@ -43,6 +43,14 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ContentPolicyViolation(InvalidRequest):
+    code = "content_policy_violation"
+
+
 class MethodNotAllowed(InvalidRequest):
     status, code = 405, "method_not_allowed"
 
@@ -173,7 +181,7 @@ class ProviderError(Exception):
         if kind is RateLimited:
             return RateLimited(self.message, retry_after=max(1, min(60, round(self.retry_after or 1))))
         if issubclass(kind, InvalidRequest):
-            return kind(self.message, param=self.param, code=self.code)
+            return kind(self.message, param=self.param, code=kind.code or self.code)
         return kind(self.message)
 
 
@@ -195,8 +203,8 @@ FAULTS: dict[str, tuple[bool, type[GatewayError]]] = {
     "too_large": (False, UpstreamProtocolError),
     "bad_request": (False, InvalidRequest),
     "body_too_large": (False, BodyTooLarge),
-    "context": (True, InvalidRequest),
-    "policy": (False, InvalidRequest),
+    "context": (True, ContextLengthExceeded),
+    "policy": (False, ContentPolicyViolation),
     "auth": (True, UpstreamAuthError),
     "money": (True, UpstreamAuthError),
     "model_gone": (True, ModelNotFound),

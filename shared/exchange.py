@@ -15,12 +15,15 @@ from shared.prices import Cost
 from shared.providers.dialect import Outgoing
 from shared.schema import JSON, Call, Usage
 from shared.store.base import Generation, Hold, VirtualKey
+from shared.tokens import Prompt
 
 if TYPE_CHECKING:
     from shared.answer import Answer
 
 UNSEEN_OUTPUT_RATE = 100.0
-"""Tokens per second that a whole answer is taken to have made when its caller hung up before it came."""
+"""Tokens per second that a model is taken to have made, unseen, when the caller hung up."""
+MAX_OUTPUT = 2_000_000
+"""Tokens of one choice; a provider that reports more is not believed."""
 
 
 def now() -> float:
@@ -52,10 +55,10 @@ class Attempt:
 
 
 class Exchange:
-    """`estimate` is the prompt's size and `output` the reserved answer's, in tokens; `created` is the wall clock.
+    """`estimate`: the prompt's likely size; `output`: the reserved answer's, in tokens; `created`: the wall clock.
 
     `committed`: the caller has a status already, so an error must be an event. `enough_until`: the length of the
-    answer, in characters, to which the hold is known to suffice; it matters where the answer `grows` without bound."""
+    answer, in characters, to which the hold is known to suffice."""
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Exchange:
         call: Call,
         candidates: Sequence[Deployment],
         hold: Hold,
+        prompt: Prompt,
         estimate: int,
         output: int,
         created: float,
@@ -73,12 +77,12 @@ class Exchange:
         self.call = call
         self.candidates = candidates
         self.hold = hold
+        self.prompt = prompt
         self.estimate = estimate
         self.output = output
         self.created = created
         self.began = now()
         self.deadline = self.began + hold.ttl - GRACE
-        self.bound: int | None = None
         self.outgoing: Outgoing | None = None
         self.attempts: list[Attempt] = []
         self.dropped: tuple[str, ...] = ()
@@ -87,9 +91,21 @@ class Exchange:
         self.first_content: float | None = None
         self.committed = False
         self.interrupted = False
-        self.grows = key.has_money_limit and call.max_tokens is None
+        self._unbounded = key.has_money_limit and call.max_tokens is None and call.surface != "embeddings"
         self.enough_until = 0
         self._usage: Usage | None = None
+
+    def bound(self, to: Deployment) -> int | None:
+        """The output bound that the gateway sets itself, where the money has one and the caller sets none.
+
+        A stream can be watched as it grows, but not what a reasoning model thinks to itself."""
+        watched = self.call.stream and not to.provider.reasons(to.model)
+        return self.output // self.call.generated if self._unbounded and not watched else None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the hold must be kept ahead of the stream."""
+        return self._unbounded and self.bound(self.deployment) is None
 
     @property
     def id(self) -> str:
@@ -146,15 +162,22 @@ class Exchange:
         return self._usage
 
     def _find_usage(self) -> Usage:
-        answer = self.answer
-        if answer and answer.usage:
-            return answer.usage
-        if answer and answer.started:
-            return Usage(input=self.estimate, output=answer.meter.tokens, source="estimated")
+        answer, call = self.answer, self.call
+        made = answer.meter.tokens if answer and answer.started else 0
+        reported = answer.usage if answer else None
+        if reported and made <= 2 * reported.output + 50 and reported.output <= MAX_OUTPUT * max(1, call.generated):
+            return reported
+        if reported or made:
+            if self.interrupted and self.deployment.provider.reasons(self.deployment.model):
+                made = max(made, self._unseen())  # what it thought is not in what was seen
+            return Usage(input=self.estimate, output=made, source="estimated")
         if self.interrupted and self.attempts and not self.last_error:  # asked, and gone before the answer came
-            made = 0 if self.call.surface == "embeddings" else int(self.attempts[-1].seconds * UNSEEN_OUTPUT_RATE)
-            return Usage(input=self.estimate, output=min(made, self.output), source="estimated")
+            return Usage(input=self.estimate, output=self._unseen(), source="estimated")
         return Usage()
+
+    def _unseen(self) -> int:
+        """Output tokens that the attempt is taken to have made until now, whether they were seen or not."""
+        return min(int(self.attempts[-1].seconds * UNSEEN_OUTPUT_RATE), self.output)
 
     @property
     def cost(self) -> tuple[Cost | None, Literal["provider", "computed", "estimated"]]:
@@ -182,8 +205,8 @@ class Exchange:
     def row(self, wall: float) -> tuple[Generation, int]:
         """The record, and the tokens used, which settle the key's TPM."""
         cost, source = self.cost
-        answered = self.attempts and not self.last_error
         answer = self.answer
+        answered = self.attempts and (not self.last_error or (answer and answer.started))
         doc: JSON = {
             "model": self.deployment.model,
             "model_requested": self.call.model,

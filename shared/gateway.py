@@ -11,14 +11,14 @@ from typing import TypeAlias
 
 from shared.answer import Answer
 from shared.catalog import Catalog, Deployment
-from shared.errors import GatewayError, Overloaded, ProviderError, RateLimited
+from shared.errors import Forbidden, GatewayError, Overloaded, ProviderError, RateLimited
 from shared.exchange import Attempt, Exchange
 from shared.keys import Credential
 from shared.limits import GRACE, Limits
 from shared.providers.dialect import Outgoing
-from shared.router import MAX_ATTEMPTS, capable, permitted
+from shared.router import MAX_ATTEMPTS, Candidate, capable, permitted
 from shared.schema import JSON, Call
-from shared.store.base import Hold
+from shared.store.base import Hold, VirtualKey
 from shared.tokens import Prompt
 from shared.upstream import Upstream
 
@@ -36,7 +36,7 @@ class Plan:
     """A checked request, who may answer it, and what the first of them would be sent: nothing is spent yet."""
 
     call: Call
-    deployments: Sequence[Deployment]
+    candidates: Sequence[Candidate]
     outgoing: Outgoing
 
 
@@ -62,32 +62,46 @@ class Gateway:
 
     def plan(self, call: Call) -> Plan:
         """Names to deployments; raises ModelNotFound, NoProvider or UnsupportedParameter, before the key is charged."""
-        routes = [self._catalog.resolve(name) for name in (call.model, *(call.body.get("models") or ()))]
-        found = {to.id: to for route in routes for to in route.deployments}
-        deployments, outgoing = capable(list(found.values()), lambda to: self._upstream.prepare(call, to))
-        return Plan(call, deployments, outgoing)
+        found: dict[str, Candidate] = {}
+        for name in (call.model, *call.fallbacks):
+            for to in self._catalog.resolve(name).deployments:
+                found.setdefault(to.id, Candidate(name, to))
+        candidates, outgoing = capable(list(found.values()), lambda to: self._upstream.prepare(call, to))
+        return Plan(call, candidates, outgoing)
 
     async def admit(self, plan: Plan, credential: Credential, request_id: str) -> Exchange:
         """The store's one write before the provider, then the model permission on the key that it returned."""
         call, now = plan.call, self._clock()
-        candidates = plan.deployments[:MAX_ATTEMPTS]
-        prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, candidates)
-        money = max((to.price.most(prompt.at_most(to.model), output) for to in candidates if to.price), default=0)
-        estimate = prompt.estimate(candidates[0].model)
+        first = [candidate.to for candidate in plan.candidates[:MAX_ATTEMPTS]]
+        prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, first)
+        estimate = prompt.estimate(first[0].model)
+        money = most_money(first, prompt, output)
         hold = Hold(money, estimate + output, int(now), int(self._total_timeout) + GRACE)
         key = await self._limits.admit(credential, request_id, hold)
         try:
-            candidates = permitted(call.model, candidates, key)
+            candidates = permitted(plan.candidates, key, call.body.get("service_tier"))[:MAX_ATTEMPTS]
+            if key.has_money_limit and most_money(candidates, prompt, output) > money:
+                candidates, hold = await self._afford(candidates, prompt, output, key, request_id, hold)
         except GatewayError:
             await self._limits.release(key, request_id, hold, int(now))
             raise
-        exchange = Exchange(request_id, key, call, candidates, hold, estimate, output, now)
-        if candidates[0] is plan.deployments[0]:
+        exchange = Exchange(request_id, key, call, candidates, hold, prompt, estimate, output, now)
+        if candidates[0] is plan.candidates[0].to and exchange.bound(candidates[0]) is None:
             exchange.outgoing = plan.outgoing
-        if key.has_money_limit and not call.stream and call.max_tokens is None and call.surface != "embeddings":
-            exchange.bound, exchange.outgoing = output // call.n, None
         self.open.add(exchange)
         return exchange
+
+    async def _afford(
+        self, candidates: list[Deployment], prompt: Prompt, output: int, key: VirtualKey, request_id: str, hold: Hold
+    ) -> tuple[list[Deployment], Hold]:
+        """Hold more where those that the key may use are dearer than those that came first; else leave them out."""
+        larger = replace(hold, money=most_money(candidates, prompt, output))
+        if await self._limits.extend(key, request_id, hold, larger):
+            return candidates, larger
+        cheap = [to for to in candidates if most_money([to], prompt, output) <= hold.money]
+        if not cheap:
+            raise Forbidden("This request may cost more than is left of this key's money.", code="insufficient_quota")
+        return cheap, hold
 
     async def complete(self, exchange: Exchange) -> JSON:
         """A whole answer, from the first deployment that gives one; raises the last refusal."""
@@ -98,7 +112,7 @@ class Gateway:
                 exchange.failed(error)
             else:
                 exchange.answered()
-                return Answer(exchange).whole(piece)
+                return Answer(exchange).completed(piece)
         raise self._refusal(exchange)
 
     async def stream(self, exchange: Exchange) -> Chunks:
@@ -113,19 +127,21 @@ class Gateway:
                         self._upstream.stream(exchange.call, to, outgoing, exchange.deadline)
                     ) as batches:
                         async for batch in batches:
-                            if not batch and answer.finished:
-                                yield answer.ending()
+                            if not batch:
+                                answer.all_said()
+                                if answer.whole:
+                                    yield answer.ending()
                             elif chunks := answer.take(batch):
                                 yield chunks
-                                if exchange.grows and not await self._may_go_on(exchange, answer):
+                                if exchange.grows and not answer.ended and not await self._may_go_on(exchange, answer):
                                     answer.cut_short()
                                     break
-                    if not answer.finished:
+                    if not answer.whole:
                         raise ProviderError(
                             "disconnected", "The provider's stream ended before its answer.", ambiguous=True
                         )
                 except ProviderError as error:
-                    if not answer.finished:  # else only the trailer is lost: the answer is whole
+                    if not answer.whole:  # else only the trailer is lost: the answer is whole
                         exchange.failed(error)
                         if answer.started:
                             raise error.answer() from error
@@ -163,7 +179,7 @@ class Gateway:
         for to in exchange.candidates:
             outgoing, exchange.outgoing = exchange.outgoing, None
             try:
-                outgoing = outgoing or self._upstream.prepare(exchange.call, to, exchange.bound)
+                outgoing = outgoing or self._upstream.prepare(exchange.call, to, exchange.bound(to))
             except GatewayError as refused:  # it cannot be asked this: not an attempt
                 exchange.error = refused
                 continue
@@ -179,6 +195,8 @@ class Gateway:
         errors = [attempt.error for attempt in exchange.attempts if attempt.error]
         if not errors:
             return exchange.error or Overloaded("No deployment could take this request.")
+        if not errors[-1].falls_back:
+            return errors[-1].answer()
         busy = [error for error in errors if error.fault == "rate_limit"]
         if 0 < len(busy) < len(errors):
             wait = max(1, min(60, round(busy[-1].retry_after or 1)))
@@ -190,20 +208,24 @@ class Gateway:
 
     async def _may_go_on(self, exchange: Exchange, answer: Answer) -> bool:
         """Keep the hold ahead of a growing stream; False when the key's money ends here."""
-        price, call = exchange.deployment.price, exchange.call
-        assert price is not None, "a key with a money limit is only sent to what has a price"
+        call = exchange.call
         if answer.length < exchange.enough_until:
             return True
         spare = exchange.output - answer.meter.tokens * 1.25 - 64
         if spare > 0:
             exchange.enough_until = answer.length + int(spare) // TOKENS_PER_CHARACTER
             return True
-        old, more = exchange.hold, DEFAULT_OUTPUT * call.n
-        new = replace(old, money=old.money + price.most(0, more))
+        old, output = exchange.hold, exchange.output + DEFAULT_OUTPUT * call.generated
+        new = replace(old, money=max(old.money, most_money([exchange.deployment], exchange.prompt, output)))
         if not await self._limits.extend(exchange.key, exchange.request_id, old, new):
             return False
-        exchange.hold, exchange.output = new, exchange.output + more
+        exchange.hold, exchange.output = new, output
         return True
+
+
+def most_money(candidates: Sequence[Deployment], prompt: Prompt, output: int) -> int:
+    """What the dearest may cost at most, in nano-dollars; one without a price counts nothing."""
+    return max((to.price.most(prompt.at_most(to.model), output) for to in candidates if to.price), default=0)
 
 
 def reserved_output(call: Call, candidates: Sequence[Deployment]) -> int:
@@ -211,4 +233,4 @@ def reserved_output(call: Call, candidates: Sequence[Deployment]) -> int:
     if call.surface == "embeddings":
         return 0
     most = max(min(to.max_output or DEFAULT_OUTPUT, DEFAULT_OUTPUT) for to in candidates)
-    return (call.max_tokens or most) * call.n
+    return (call.max_tokens or most) * call.generated

@@ -13,7 +13,7 @@ import time
 import zlib
 from dataclasses import dataclass, replace
 
-from shared.errors import Forbidden, InvalidKey, NotFound
+from shared.errors import Forbidden, InvalidKey, InvalidRequest, NotFound
 from shared.store.base import NEVER, KeyChange, Store, VirtualKey, knows
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -141,6 +141,8 @@ class Keys:
         return key
 
     async def change(self, key_id: str, change: KeyChange) -> VirtualKey:
+        if key_id == ADMIN_ID:
+            raise InvalidRequest("This key is LR_ADMIN_KEY: change it in the environment.", code="invalid_value")
         await self.get(key_id)
         changed = await self._store.change_key(key_id, change, int(time.time()))
         if changed is None:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
-from pydantic_core import ErrorDetails
 
 from shared.errors import InvalidRequest
+from shared.wording import invalid, missing
 
 JSON: TypeAlias = dict[str, Any]
 
@@ -203,10 +203,18 @@ Stop: TypeAlias = Annotated[
 Whole: TypeAlias = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
-class Sampling(Shape):
-    """What chat and legacy completions share, and our own extensions (design §2)."""
+class Asked(Shape):
+    """What all three share, our own extensions included (design §2). What is read of a body is declared here."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
+    user: Annotated[str, Field(max_length=512)] | None = None
+    models: Annotated[list[str], Field(max_length=8)] | None = None
+    strict: bool | None = None
+
+
+class Sampling(Asked):
+    """What chat and legacy completions share."""
+
     temperature: Temperature | None = None
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
@@ -218,9 +226,7 @@ class Sampling(Shape):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    models: Annotated[list[str], Field(max_length=8)] | None = None
-    strict: bool | None = None
+    service_tier: str | None = None
 
 
 class ChatRequest(Sampling):
@@ -235,6 +241,10 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
+    functions: list[JSON] | None = None
+    modalities: list[str] | None = None
+    audio: JSON | None = None
+    prediction: JSON | None = None
     metadata: JSON | None = None
     store: bool | None = None
     session_id: Annotated[str, Field(max_length=256)] | None = None
@@ -266,15 +276,12 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
 
 
-class EmbeddingRequest(Shape):
+class EmbeddingRequest(Asked):
     """`POST /v1/embeddings`."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    strict: bool | None = None
 
 
 Surface: TypeAlias = Literal["chat", "completions", "embeddings"]
@@ -299,36 +306,62 @@ class Call:
         return self.body["model"]
 
     @property
+    def fallbacks(self) -> list[str]:
+        """Further models to ask, in order: the extension `models`."""
+        return self.body.get("models") or []
+
+    @property
     def stream(self) -> bool:
-        return bool(self.body.get("stream"))
+        return self.surface != "embeddings" and bool(self.body.get("stream"))
 
     @property
     def include_usage(self) -> bool:
-        return bool(_inner(self.body, "stream_options").get("include_usage"))
+        return self.stream and bool(_inner(self.body, "stream_options").get("include_usage"))
 
     @property
-    def n(self) -> int:
-        """How many choices are made; with `best_of`, how many are generated and paid."""
-        return max(self.body.get("n") or 1, self.body.get("best_of") or 1)
+    def choices(self) -> int:
+        """How many choices the answer has: `n` for each prompt."""
+        if self.surface == "embeddings":
+            return 0
+        return (self.body.get("n") or 1) * (self._prompts if self.surface == "completions" else 1)
+
+    @property
+    def generated(self) -> int:
+        """How many are generated, and paid: with `best_of`, more than come back."""
+        best_of = (self.body.get("best_of") or 1) * self._prompts if self.surface == "completions" else 1
+        return max(self.choices, best_of)
+
+    @property
+    def _prompts(self) -> int:
+        prompt: str | list[Any] = self.body["prompt"]
+        return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
     @property
     def max_tokens(self) -> int | None:
-        """The caller's own bound on output, under either name; legacy completions default to OpenAI's 16."""
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        """The caller's own bound on the output of each choice; chat has two names for it."""
+        if self.surface == "embeddings":
+            return None
+        newer = self.body.get("max_completion_tokens") if self.surface == "chat" else None
+        return newer or self.body.get("max_tokens")
 
     @property
     def features(self) -> set[str]:
         """The parameters in use that change what the answer means, as `Provider.refuses` names them."""
-        body = self.body
-        found = {name for name in ("tools", "functions", "suffix", "modalities", "audio") if body.get(name)}
-        found |= {name for name in ("echo",) if body.get(name)}
-        if self.n > 1:
+        body, found = self.body, set[str]()
+        if self.surface != "embeddings" and (body.get("n") or 1) > 1:
             found.add("n")
+        if self.surface == "completions":
+            return found | {name for name in ("suffix", "echo") if body.get(name)}
+        if self.surface == "embeddings":
+            return found
+        found |= {name for name in ("tools", "functions", "audio") if body.get(name)}
+        if (body.get("modalities") or ["text"]) != ["text"]:
+            found.add("modalities")
         if (form := _inner(body, "response_format").get("type")) not in (None, "text"):
             found |= {"response_format", form}
         if body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict):
             found.add("tool_choice")
-        for message in body.get("messages", ()):
+        for message in body["messages"]:
             if isinstance(content := message.get("content"), list):
                 found |= {part["type"] for part in cast("list[JSON]", content) if part["type"] != "text"}
         return found
@@ -355,7 +388,7 @@ def decode(raw: bytes) -> JSON:
         ) from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body of your request must be a JSON object.")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _too_deep(cast("JSON", body)):
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and too_deep(body, MAX_DEPTH):
         raise InvalidRequest(f"The JSON body of your request is nested more than {MAX_DEPTH} levels deep.")
     return cast("JSON", body)
 
@@ -365,9 +398,10 @@ def _inner(body: JSON, name: str) -> JSON:
     return body.get(name) or {}
 
 
-def _too_deep(value: JSON) -> bool:
+def too_deep(value: Any, most: int) -> bool:
+    """Whether objects and arrays are nested more than `most` levels deep."""
     level: list[JSON | list[Any]] = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(most):
         level = [
             inner
             for outer in level
@@ -390,111 +424,15 @@ def _check_together(surface: Surface, body: JSON) -> None:
             raise InvalidRequest("'top_logprobs' requires 'logprobs' to be true.", param="top_logprobs")
         for index, tool in enumerate(body.get("tools") or ()):
             if tool["type"] == "function" and tool.get("function") is None:
-                raise _missing(f"tools[{index}].function")
+                raise missing(f"tools[{index}].function")
         form = _inner(body, "response_format")
         if form.get("type") == "json_schema" and form.get("json_schema") is None:
-            raise _missing("response_format.json_schema")
+            raise missing("response_format.json_schema")
     if surface == "completions" and (body.get("best_of") or 1) > 1:
         if body.get("stream"):
             raise InvalidRequest("You cannot stream results with 'best_of' above 1.", param="best_of")
         if body["best_of"] < (body.get("n") or 1):
             raise InvalidRequest("'best_of' must not be below 'n'.", param="best_of")
-
-
-def _missing(param: str) -> InvalidRequest:
-    return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-
-
-JSON_NAMES: Mapping[type, str] = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    type(None): "null",
-}
-
-
-def invalid(error: ErrorDetails, body: Any) -> InvalidRequest:
-    """One pydantic error in OpenAI's words: message, `param` path and `code`."""
-    param, value = _locate(error["loc"], body)
-    context = error.get("ctx", {})
-    got = next((name for kind, name in JSON_NAMES.items() if type(value) is kind), "another type")
-    match error["type"]:
-        case "missing":
-            return _missing(param)
-        case "union_tag_not_found" if isinstance(value, dict):
-            return _missing(f"{param}.role")
-        case "union_tag_invalid":
-            tag, tags = str(context.get("tag"))[:64], context.get("expected_tags")
-            message = f"Invalid value: '{tag}'. Supported values are: {tags}."
-            return InvalidRequest(message, param=f"{param}.role", code="invalid_value")
-        case "literal_error" if isinstance(value, str):
-            message, code = (
-                f"Invalid value: '{value[:64]}'. Supported values are: {context['expected']}.",
-                "invalid_value",
-            )
-        case "greater_than_equal" | "less_than_equal" as kind:
-            name, sign, word = ("ge", ">=", "below_min") if kind == "greater_than_equal" else ("le", "<=", "above_max")
-            bound = context[name]
-            message = f"expected a value {sign} {bound}, but got {value} instead."
-            code = f"{'decimal' if isinstance(bound, float) else 'integer'}_{word}_value"
-        case "too_short" if not value:
-            message, code = "empty array. Expected an array with at least one item.", "empty_array"
-        case "too_long":
-            message = f"array too long. Expected an array with maximum length {context['max_length']}."
-            code = "array_above_max_length"
-        case "string_too_long":
-            message = f"string too long. Expected a string with maximum length {context['max_length']}."
-            code = "string_above_max_length"
-        case "string_too_short":
-            message, code = "empty string. Expected a string with minimum length 1.", "empty_string"
-        case "string_pattern_mismatch":
-            message, code = f"string does not match pattern {context['pattern']}.", "invalid_value"
-        case "extra_forbidden":
-            return InvalidRequest(
-                f"Unrecognized request argument supplied: {param[:64]}", param=param[:64], code="unknown_parameter"
-            )
-        case "value_error" | "finite_number" | "int_parsing_size":
-            message, code = f"{context.get('error', 'not an acceptable value')}", "invalid_value"
-        case kind:
-            wanted = next((name for type_, name in _WANTED.items() if kind.startswith(type_)), "another type")
-            return InvalidRequest(
-                f"Invalid type for '{param}': expected {wanted}, but got {got} instead.",
-                param=param,
-                code="invalid_type",
-            )
-    return InvalidRequest(f"Invalid '{param}': {message}", param=param, code=code)
-
-
-_WANTED = {
-    "string": "a string",
-    "literal": "a string",
-    "int": "an integer",
-    "float": "a number",
-    "bool": "a boolean",
-    "list": "an array",
-    "dict": "an object",
-    "model": "an object",
-    "union_tag": "an object",
-}
-
-
-def _locate(loc: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
-    """`messages[0].content` and what stands there: pydantic's path without the names of union members."""
-    path = ""
-    for step in loc:
-        match value:
-            case list() if isinstance(step, int):
-                path, value = f"{path}[{step}]", cast("list[Any]", value)[step]
-            case dict() if step in value:
-                path, value = f"{path}.{step}", cast("dict[Any, Any]", value)[step]
-            case dict() if step == loc[-1]:
-                path, value = f"{path}.{step}", None
-            case _:
-                pass
-    return path.removeprefix("."), value
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class Settings(BaseModel):
     log_level: str = "INFO"
     max_body_bytes: int = Field(default=6291456, gt=0)
     generation_ttl_days: int = Field(default=7, ge=3, le=365)  # days are summed up at the age of two
+    secrets_path: str | None = Field(default=None, pattern="^/")
     aws_lambda_function_name: str | None = None
     provider_variables: Mapping[str, str] = Field(default={}, repr=False)
 

@@ -33,7 +33,8 @@ class Decoder:
     """Bytes in, events out, whatever the cuts: lines end at CR, LF or CRLF only, never at U+2028 and its kin."""
 
     def __init__(self) -> None:
-        self._rest: bytes = b""
+        self._line: list[bytes] = []
+        self._held = False
         self._size = 0
         self._name: str | None = None
         self._data: list[bytes] = []
@@ -44,16 +45,21 @@ class Decoder:
         self._size += len(piece)
         if self._size > MAX_EVENT:
             raise TooLong
-        text = self._rest + piece if self._rest else piece
+        if self._begun and not self._held and b"\n" not in piece and b"\r" not in piece:
+            self._line.append(piece)  # joined once, when the line ends
+            return []
+        text = b"".join((*self._line, piece)) if self._line else piece
         if not self._begun:
             if len(text) < len(BOM) and BOM.startswith(text):
-                self._rest = text
+                self._line = [text]
                 return []
             self._begun, text = True, text.removeprefix(BOM)
         if b"\r" in text:
-            held = b"\r" if text.endswith(b"\r") else b""  # its LF may come with the next piece
-            text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
-        *lines, self._rest = text.split(b"\n")
+            self._held = text.endswith(b"\r")  # its LF may come with the next piece
+            text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            text += b"\r" if self._held else b""
+        *lines, rest = text.split(b"\n")
+        self._line = [rest] if rest else []
         events: list[Event] = []
         for line in lines:
             if not line:

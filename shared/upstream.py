@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Any, cast
@@ -15,17 +15,18 @@ import orjson
 from shared import sse
 from shared.catalog import Deployment
 from shared.errors import ProviderError
-from shared.providers.dialect import Dialect, Outgoing, Piece
+from shared.providers.dialect import Dialect, Outgoing, Piece, Translate
 from shared.providers.echo import EchoTransport
 from shared.providers.openai import OpenAIDialect
-from shared.schema import JSON, Call
+from shared.schema import JSON, Call, too_deep
 from shared.settings import Settings
+from shared.telemetry import REDACTED
 
 MAX_BODY = 16 * 1024 * 1024
 MAX_ERROR_BODY = 64 * 1024
 MAX_CONNECTIONS = 1000
-IDLE_SECONDS = 10.0
-"""How long a connection may wait in the pool; servers close theirs after 15 s and more."""
+IDLE_SECONDS = 4.0
+"""How long a connection may wait in the pool: less than servers do, of which uvicorn's 5 s are the shortest."""
 TRAILER_SECONDS = 5.0
 """What a stream may still take, after its finish reason, to send usage and `[DONE]`."""
 DRAIN_SECONDS = 0.25
@@ -33,6 +34,7 @@ DRAIN_SECONDS = 0.25
 LOOK_SECONDS = 0.25
 """How often a timer looks at most whether its time, which may have come nearer, is up."""
 MAX_BAD_EVENTS = 3
+MAX_DEPTH = 200
 
 HEADERS = {"user-agent": "lightrail", "accept": "*/*", "accept-encoding": "identity"}
 DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect()}
@@ -71,7 +73,7 @@ class Upstream:
 
     async def complete(self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float) -> Piece:
         """A whole answer, in OpenAI's shape; raises ProviderError."""
-        async with _faults(), Timer(deadline), self._send(outgoing) as response:
+        async with _faults(to), Timer(deadline), self._send(outgoing) as response:
             await _check(response, to)
             return dialect_of(to).completion(call, to, await _json(response))
 
@@ -85,7 +87,7 @@ class Upstream:
         task, whose cancellation is how time runs out."""
         patience = to.provider.first_content_for(to.model, self._settings)
         async with (
-            _faults(),
+            _faults(to),
             Timer(deadline, "first_content_timeout", patience) as timer,
             self._send(outgoing) as response,
         ):
@@ -93,7 +95,7 @@ class Upstream:
             if response.headers.get("content-type", "").startswith("application/json"):
                 yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
                 return
-            reader, held, begun = _Reader(dialect_of(to).stream(call, to)), list[Piece](), False
+            reader, held, begun = _Reader(dialect_of(to).stream(call, to), call.choices), list[Piece](), False
             gap = to.provider.gap_timeout or self._settings.gap_timeout
             async for data in _decoded(response):
                 if reader.done:
@@ -186,12 +188,12 @@ def has_content(piece: Piece) -> bool:
 class _Reader:
     """The bytes of one stream to pieces; drops what is no event, but not many of them, and not at the end."""
 
-    def __init__(self, translate: Callable[[str | None, JSON], list[Piece]]) -> None:
+    def __init__(self, translate: Translate, choices: int) -> None:
         self._decoder = sse.Decoder()
         self._translate = translate
         self._bad = 0
         self.done = False
-        self.finished = False
+        self._unfinished = choices
 
     def feed(self, data: bytes) -> list[Piece]:
         pieces: list[Piece] = []
@@ -207,10 +209,15 @@ class _Reader:
                 continue
             self._bad = 0
             pieces += self._translate(name, event)
-        self.finished = self.finished or any(
-            choice.get("finish_reason") for piece in pieces for choice in piece.body.get("choices", ())
-        )
+        for body, _ in pieces:
+            for choice in body.get("choices", ()):
+                self._unfinished -= bool(choice.get("finish_reason"))
         return pieces
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has its finish reason: only usage can still come."""
+        return self._unfinished <= 0
 
     def end(self) -> None:
         if self._bad and not self.finished:
@@ -222,6 +229,8 @@ def _event(text: bytes) -> JSON | None:
         event = orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH and too_deep(event, MAX_DEPTH):
+        return None  # orjson reads more than it can write
     return cast("JSON", event) if isinstance(event, dict) else None
 
 
@@ -244,6 +253,8 @@ def _delta(message: JSON) -> JSON:
 async def _check(response: httpx.Response, to: Deployment) -> None:
     """Raise what a status or content type other than an answer's means."""
     status = response.status_code
+    if 200 < status < 300:
+        raise ProviderError("empty", f"The provider answered with status {status}.", status=status, ambiguous=True)
     if status == 200:
         if response.headers.get("content-type", "").startswith("text/html"):
             raise ProviderError("content_type", "The provider answered with a web page.", status=status)
@@ -314,10 +325,14 @@ async def _raw(response: httpx.Response) -> AsyncGenerator[bytes]:
 
 
 @asynccontextmanager
-async def _faults() -> AsyncGenerator[None]:
-    """httpx's exceptions as faults."""
+async def _faults(to: Deployment) -> AsyncGenerator[None]:
+    """httpx's exceptions as faults; and no fault's message holds our key, whatever it looks like."""
     try:
         yield
+    except ProviderError as error:
+        if (key := to.provider.api_key) is not None:
+            error.message = error.message.replace(key.get_secret_value(), REDACTED)
+        raise
     except sse.TooLong:
         raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True) from None
     except httpx.ConnectTimeout as error:

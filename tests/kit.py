@@ -12,6 +12,7 @@ import orjson
 
 from functions.deps import Services, build
 from shared.catalog import Catalog
+from shared.errors import GatewayError
 from shared.exchange import Exchange
 from shared.gateway import Gateway
 from shared.keys import Keys, time_ordered
@@ -54,7 +55,7 @@ class Outcome:
     row: Generation
     key: VirtualKey
     spent: int
-    error: Exception | None = None
+    error: GatewayError | None = None
 
     @property
     def text(self) -> str:
@@ -100,8 +101,8 @@ class Kit:
                     chunks += orjson.loads(orjson.dumps(batch))
             else:
                 chunks = [await self.gateway.complete(exchange)]
-        except Exception as raised:  # noqa: BLE001 the outcome tells it
-            exchange.error = error = raised  # type: ignore[assignment]
+        except GatewayError as raised:
+            exchange.error = error = raised
         await self.gateway.close(exchange)
         store = self.services.store
         row, owner = await store.generation(exchange.id), await store.key(exchange.key.id)

@@ -90,6 +90,10 @@ STATUSES = {
     402: "money",
     403: "auth",
     404: "model_gone",
+    405: "protocol",  # 405 to 426: it was asked in a way that the gateway's operator must mend
+    407: "protocol",
+    410: "protocol",
+    426: "protocol",
     408: "overloaded",
     409: "overloaded",
     413: "body_too_large",

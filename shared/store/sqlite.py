@@ -64,7 +64,8 @@ FLAGS, DOCUMENTS = ("enabled", "deleted"), ("models", "metadata", "windows")
 READ_KEY = f"SELECT {', '.join(COLUMNS)} FROM keys WHERE id = ?"  # noqa: S608 our own names
 PUT_KEY = f"REPLACE INTO keys ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 the same
 READ_GENERATION = "SELECT id, key_id, created, cost, doc FROM generations "
-CLEAN = "DELETE FROM generations WHERE id IN (SELECT id FROM generations WHERE expires <= ? LIMIT ?)"
+CLEAN = """DELETE FROM generations WHERE id IN (
+    SELECT id FROM generations NATURAL JOIN (SELECT key_id, day FROM rollups) WHERE expires <= ? LIMIT ?)"""
 
 
 class SQLiteStore:
@@ -163,8 +164,8 @@ class SQLiteStore:
         return generation_of(row) if row else None
 
     async def generations(self, key_id: str, day: int, after: str = "", limit: int = 100) -> list[Generation]:
-        page = READ_GENERATION + "WHERE key_id = ? AND day = ? AND id > ? AND expires > ? ORDER BY id LIMIT ?"
-        asked = (key_id, day, after, int(time.time()), limit)
+        page = READ_GENERATION + "WHERE key_id = ? AND day = ? AND id > ? ORDER BY id LIMIT ?"
+        asked = (key_id, day, after, limit)
         return [generation_of(row) for row in await self._read(lambda db: db.execute(page, asked).fetchall())]
 
     async def roll_up(self, rollup: Rollup) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastapi import FastAPI
 from functions.app import create_app
 from functions.deps import Services
 from shared.settings import Settings
-from shared.store.base import Generation, Hold, Store, VirtualKey
+from shared.store.base import Admitted, Ask, Generation, Hold, Store, VirtualKey
 from tests.server import ADMIN_KEY, PEPPER, PROVIDER_KEY
 
 MODEL = "openai/gpt-4o-mini"
@@ -60,8 +61,6 @@ class Door:
 
     async def open_request(self, key_id: str, money: int, tokens: int, now: int, request_id: str = "open-0001") -> Hold:
         """A request that is admitted, and not settled yet."""
-        from shared.store.base import Admitted, Ask
-
         hold = Hold(money, tokens, now, 600)
         key = await self.key(key_id)
         assert isinstance(await self.store.admit(Ask(key_id, key.hash, request_id, hold)), Admitted)
@@ -89,11 +88,21 @@ async def opened(folder: Path, provider: str, store: Store | None = None, **envi
     }
     app = create_app(Settings.read(variables), store)
     transport = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://gw") as client:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://gw", trust_env=False) as client,
+    ):
         yield Door(app, client)
 
 
-def told(answer: httpx.Response) -> tuple[int, str | None, str | None]:
+async def until(true: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait until it is; raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not true():  # noqa: ASYNC110 what is waited for happens elsewhere
+            await asyncio.sleep(0.01)
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str | None, str | None]:
     """A refusal in short: status, code and param."""
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

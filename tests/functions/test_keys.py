@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.keys import mint
-from tests.functions.doors import Door, opened, told
+from tests.functions.doors import Door, opened, refusal
 from tests.server import ADMIN_KEY
 from tests.upstream import Upstream, answer
 
@@ -22,7 +22,7 @@ SAID = {
     "usage": USAGE,
 }
 EVERYTHING = {
-    "name": "Ada's \"key\"; DROP TABLE keys --",
+    "name": 'Ada\'s "key"; DROP TABLE keys --',
     "role": "user",
     "enabled": True,
     "expires_at": 1_900_000_000,
@@ -51,7 +51,7 @@ NO_LIMITS = {
 async def works(door: Door, key: str) -> bool:
     """Whether the key is let in; a refusal must be the 401 of an unknown key."""
     answer = await door.ask("GET", "/v1/key", key=key)
-    assert answer.status_code == 200 or told(answer) == (401, "invalid_api_key", None)
+    assert answer.status_code == 200 or refusal(answer) == (401, "invalid_api_key", None)
     return answer.status_code == 200
 
 
@@ -167,17 +167,17 @@ async def test_a_wrong_or_unknown_field_is_named_and_nothing_changes(
 ) -> None:
     made = await door.make(name="as it was")
     before = await door.key(made["id"])
-    assert told(await door.ask("POST", "/admin/keys", {"name": "new", **fields})) == (400, code, param)
-    assert told(await door.ask("PATCH", f"/admin/keys/{made['id']}", fields)) == (400, code, param)
+    assert refusal(await door.ask("POST", "/admin/keys", {"name": "new", **fields})) == (400, code, param)
+    assert refusal(await door.ask("PATCH", f"/admin/keys/{made['id']}", fields)) == (400, code, param)
     assert await door.key(made["id"]) == before
     assert len((await door.ask("GET", "/admin/keys")).json()["data"]) == 2
 
 
 async def test_a_key_needs_a_name_and_a_change_a_field(door: Door) -> None:
     made = await door.make()
-    assert told(await door.ask("POST", "/admin/keys", {})) == (400, "missing_required_parameter", "name")
-    assert told(await door.ask("PATCH", f"/admin/keys/{made['id']}", {}))[0] == 400
-    assert told(await door.ask("PATCH", f"/admin/keys/{made['id']}", ["name"]))[0] == 400
+    assert refusal(await door.ask("POST", "/admin/keys", {})) == (400, "missing_required_parameter", "name")
+    assert refusal(await door.ask("PATCH", f"/admin/keys/{made['id']}", {}))[0] == 400
+    assert refusal(await door.ask("PATCH", f"/admin/keys/{made['id']}", ["name"]))[0] == 400
 
 
 async def test_an_id_that_is_not_there_is_404(door: Door) -> None:
@@ -187,7 +187,7 @@ async def test_an_id_that_is_not_there_is_404(door: Door) -> None:
         ("DELETE", "/admin/keys/nobody", None),
         ("POST", "/admin/keys/nobody/rotate", None),
     ):
-        assert told(await door.ask(method, path, body)) == (404, "not_found", None), (method, path)
+        assert refusal(await door.ask(method, path, body)) == (404, "not_found", None), (method, path)
 
 
 @pytest.mark.parametrize("change", [{name: value} for name, value in EVERYTHING.items()] + [{"role": "admin"}])
@@ -206,7 +206,7 @@ async def test_an_expiry_may_be_a_time_with_its_zone(door: Door) -> None:
 
 async def test_null_lifts_a_limit(door: Door) -> None:
     made = await door.make(**{name: value for name, value in EVERYTHING.items() if name != "role"})
-    assert told(await door.chat(made["key"]))[:2] == (403, "insufficient_quota")
+    assert refusal(await door.chat(made["key"]))[:2] == (403, "insufficient_quota")
     lifted = dict.fromkeys(("expires_at", "models", "rpm", "tpm", "daily_budget_usd", "balance_usd"))
     changed = (await door.ask("PATCH", f"/admin/keys/{made['id']}", lifted)).json()
     assert {name: changed[name] for name in lifted} == lifted
@@ -248,7 +248,7 @@ async def test_a_budget_below_todays_use_refuses_and_shows_nothing_left(door: Do
     assert (await door.chat(made["key"])).status_code == 200
     changed = (await door.ask("PATCH", f"/admin/keys/{made['id']}", {"daily_budget_usd": 0.0001})).json()
     assert changed["remaining"]["daily_budget_usd"] == 0
-    assert told(await door.chat(made["key"]))[:2] == (403, "insufficient_quota")
+    assert refusal(await door.chat(made["key"]))[:2] == (403, "insufficient_quota")
 
 
 async def test_a_rotated_key_has_a_new_secret_and_the_old_one_a_day(door: Door) -> None:
@@ -267,7 +267,7 @@ async def test_without_grace_the_old_secret_is_refused_at_once(door: Door) -> No
     made = await door.make()
     rotated = (await door.ask("POST", f"/admin/keys/{made['id']}/rotate", {"grace_seconds": 0})).json()
     assert not await works(door, made["key"])
-    assert told(await door.chat(made["key"])) == (401, "invalid_api_key", None)
+    assert refusal(await door.chat(made["key"])) == (401, "invalid_api_key", None)
     assert (await door.chat(rotated["key"])).status_code == 200
 
 
@@ -276,7 +276,7 @@ async def test_a_grace_period_ends(door: Door) -> None:
     rotated = (await door.ask("POST", f"/admin/keys/{made['id']}/rotate", {"grace_seconds": 1})).json()
     assert (await door.chat(made["key"])).status_code == 200
     await asyncio.sleep(1.1)
-    assert told(await door.chat(made["key"])) == (401, "invalid_api_key", None)
+    assert refusal(await door.chat(made["key"])) == (401, "invalid_api_key", None)
     assert await works(door, rotated["key"])
 
 
@@ -284,14 +284,14 @@ async def test_a_grace_period_ends(door: Door) -> None:
 async def test_a_grace_period_is_whole_seconds_of_a_month_at_most(door: Door, grace: Any) -> None:
     made = await door.make()
     answer = await door.ask("POST", f"/admin/keys/{made['id']}/rotate", {"grace_seconds": grace})
-    assert told(answer) == (400, "invalid_value", "grace_seconds")
+    assert refusal(answer) == (400, "invalid_value", "grace_seconds")
     assert await works(door, made["key"])
 
 
 async def test_rotation_takes_nothing_but_a_grace_period(door: Door) -> None:
     made = await door.make()
     answer = await door.ask("POST", f"/admin/keys/{made['id']}/rotate", {"grace": 5})
-    assert told(answer) == (400, "unknown_parameter", "grace")
+    assert refusal(answer) == (400, "unknown_parameter", "grace")
 
 
 @pytest.mark.parametrize(
@@ -302,23 +302,23 @@ async def test_a_disabled_or_expired_key_is_told_so_until_it_is_changed_back(
 ) -> None:
     made = await door.make()
     await door.ask("PATCH", f"/admin/keys/{made['id']}", change)
-    for answer in (
+    for refused in (
         await door.chat(made["key"]),
         await door.ask("GET", "/v1/key", key=made["key"]),
         await door.ask("GET", "/v1/models", key=made["key"]),
         await door.ask("GET", "/v1/generation?id=gen-x", key=made["key"]),
     ):
-        assert told(answer) == (403, code, None)
+        assert refusal(refused) == (403, code, None)
     assert provider.seen == []
     await door.ask("PATCH", f"/admin/keys/{made['id']}", {"enabled": True, "expires_at": None})
     assert (await door.chat(made["key"])).status_code == 200
 
 
 async def test_a_key_may_be_made_disabled_and_may_expire_by_itself(door: Door) -> None:
-    assert told(await door.chat((await door.make(enabled=False))["key"])) == (403, "key_disabled", None)
+    assert refusal(await door.chat((await door.make(enabled=False))["key"])) == (403, "key_disabled", None)
     short = await door.make(expires_at=int(time.time()) + 1)
     await asyncio.sleep(1.1)
-    assert told(await door.chat(short["key"])) == (403, "key_expired", None)
+    assert refusal(await door.chat(short["key"])) == (403, "key_expired", None)
 
 
 async def test_a_deleted_key_is_401_from_the_next_request_and_its_spend_stays(door: Door, provider: Upstream) -> None:
@@ -330,11 +330,11 @@ async def test_a_deleted_key_is_401_from_the_next_request_and_its_spend_stays(do
     assert (answered.status_code, answered.json()) == (200, {"id": made["id"], "object": "key", "deleted": True})
     for secret in (made["key"], rotated["key"]):
         for refused in (await door.chat(secret), await door.ask("GET", "/v1/models", key=secret)):
-            assert told(refused) == (401, "invalid_api_key", None)
+            assert refusal(refused) == (401, "invalid_api_key", None)
     for method in ("GET", "DELETE"):
-        assert told(await door.ask(method, f"/admin/keys/{made['id']}")) == (404, "not_found", None)
-    assert told(await door.ask("PATCH", f"/admin/keys/{made['id']}", {"enabled": True}))[0] == 404
-    assert told(await door.ask("POST", f"/admin/keys/{made['id']}/rotate"))[0] == 404
+        assert refusal(await door.ask(method, f"/admin/keys/{made['id']}")) == (404, "not_found", None)
+    assert refusal(await door.ask("PATCH", f"/admin/keys/{made['id']}", {"enabled": True}))[0] == 404
+    assert refusal(await door.ask("POST", f"/admin/keys/{made['id']}/rotate"))[0] == 404
     assert made["id"] not in [key["id"] for key in (await door.ask("GET", "/admin/keys")).json()["data"]]
     usage = (await door.ask("GET", f"/admin/usage?key={made['id']}")).json()
     assert usage["data"][0].items() >= {"key": made["id"], "name": "short-lived", "cost_usd": COST / 10**9}.items()
@@ -379,7 +379,7 @@ async def test_no_route_but_the_open_ones_answers_without_a_good_key(door: Door,
             if (method, path) in OPEN:
                 assert refused.status_code == 200
             else:
-                assert told(refused) == (401, "invalid_api_key", None), (method, path, key)
+                assert refusal(refused) == (401, "invalid_api_key", None), (method, path, key)
     assert {route for route in routes if route in OPEN} == OPEN
     assert provider.seen == []
     assert {key["id"] for key in (await door.ask("GET", "/admin/keys")).json()["data"]} == {"admin", made["id"]}
@@ -391,10 +391,12 @@ async def test_a_user_key_is_403_on_every_admin_route_and_changes_nothing(door: 
     admin_routes = [route for route in all_routes(door) if route[1].startswith("/admin/")]
     assert len(admin_routes) == 8
     for method, path in admin_routes:
-        body = {"enabled": False} if method == "PATCH" else {"name": "mine", "role": "admin"} if "POST" in method else None
+        body = (
+            {"enabled": False} if method == "PATCH" else {"name": "mine", "role": "admin"} if "POST" in method else None
+        )
         for target in (user["id"], other["id"]):
             refused = await door.ask(method, path.replace("some-key", target), body, user["key"])
-            assert told(refused) == (403, "admin_required", None), (method, path)
+            assert refusal(refused) == (403, "admin_required", None), (method, path)
     assert [key async for key in door.store.keys()] == before
 
 
@@ -402,7 +404,7 @@ async def test_an_admin_key_from_the_api_administers_until_it_is_no_admin(door: 
     made = await door.make(role="admin")
     assert (await door.ask("POST", "/admin/keys", {"name": "by the second"}, made["key"])).status_code == 201
     await door.ask("PATCH", f"/admin/keys/{made['id']}", {"role": "user"})
-    assert told(await door.ask("GET", "/admin/keys", key=made["key"])) == (403, "admin_required", None)
+    assert refusal(await door.ask("GET", "/admin/keys", key=made["key"])) == (403, "admin_required", None)
 
 
 async def test_what_the_environments_admin_key_spends_is_recorded_also_after_it_was_changed(
@@ -420,11 +422,11 @@ async def test_what_the_environments_admin_key_spends_is_recorded_also_after_it_
             usage = (await door.ask("GET", "/admin/usage", key=key)).json()
             assert usage["total"]["cost_usd"] == own["spend_usd"]
             wrong = OTHER_ADMIN_KEY if key == ADMIN_KEY else ADMIN_KEY
-            assert told(await door.ask("GET", "/admin/keys", key=wrong)) == (401, "invalid_api_key", None)
+            assert refusal(await door.ask("GET", "/admin/keys", key=wrong)) == (401, "invalid_api_key", None)
 
 
 @pytest.mark.xfail(strict=True, reason="shared/keys.py: rotating the id 'admin' makes a key that can never call")
 async def test_the_environments_admin_key_is_changed_in_the_environment_only(door: Door) -> None:
-    assert told(await door.ask("POST", "/admin/keys/admin/rotate", {"grace_seconds": 0}))[0] == 400
-    assert told(await door.ask("DELETE", "/admin/keys/admin"))[0] == 400
+    assert refusal(await door.ask("POST", "/admin/keys/admin/rotate", {"grace_seconds": 0}))[0] == 400
+    assert refusal(await door.ask("DELETE", "/admin/keys/admin"))[0] == 400
     assert (await door.ask("GET", "/admin/keys")).status_code == 200

@@ -192,4 +192,6 @@ def test_any_json_is_checked_or_refused_never_a_crash(body: dict[str, Any], surf
     else:
         assert call.body["model"]
         assert call.features is not None
-        assert call.n >= 1
+        assert call.generated >= call.choices >= 0
+        assert call.max_tokens is None or call.max_tokens > 0
+        assert isinstance(call.fallbacks, list)
