@@ -96,7 +96,7 @@ class Kit:
         """One request from admission to settlement, whole or streamed as the body says."""
         exchange, chunks, error = await self.admit(key, body, surface), list[JSON](), None
         try:
-            if body.get("stream"):
+            if exchange.call.stream:
                 async for batch in self.gateway.stream(exchange):
                     chunks += orjson.loads(orjson.dumps(batch))
             else:

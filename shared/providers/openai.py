@@ -19,6 +19,7 @@ from shared.providers import answers, refusals
 from shared.providers.dialect import Outgoing, Piece, Translate
 from shared.schema import JSON, OURS, Call
 
+INPUTS = {"completions": "prompt", "embeddings": "input"}
 PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
 PARAMETERS = {"json_object": "response_format", "json_schema": "response_format"}
 """Which parameter a feature is, where it has another name; what is no parameter is a part of a message."""
@@ -95,15 +96,18 @@ def _through_chat(call: Call, to: Deployment) -> bool:
 def _refuse(call: Call, to: Deployment, through_chat: bool) -> None:
     """Raise UnsupportedParameter for what would change the meaning if it were left out."""
     row, body = to.provider, call.body
-    lacking = (call.features | ({"dimensions"} if body.get("dimensions") else set[str]())).intersection(row.refuses)
+    features = call.features | (
+        {"dimensions"} if call.surface == "embeddings" and body.get("dimensions") else set[str]()
+    )
+    lacking = features.intersection(row.refuses)
     if call.surface == "embeddings" and not row.has("embeddings", to.model):
         raise _unsupported(to, "model", "makes no embeddings")
     if through_chat:
         lacking |= {name for name in ("suffix", "echo") if body.get(name)}
         if (body.get("best_of") or 1) > (body.get("n") or 1):
             lacking.add("best_of")
-    for name in ("prompt", "input"):
-        _refuse_input(to, name, body.get(name), through_chat)
+    if name := INPUTS.get(call.surface):
+        _refuse_input(to, name, body[name], through_chat)
     if lacking:
         feature = min(lacking)
         param = PARAMETERS.get(feature) or (feature if feature in body else "messages")

@@ -338,7 +338,8 @@ class Store(Protocol):
     async def generations(self, key_id: str, day: int, after: str = "", limit: int = 100) -> list[Generation]:
         """The rows of one key and day with ids above `after`, in order of id; may lag a moment.
 
-        `limit` of them, or fewer where those are the last."""
+        `limit` of them, or fewer where those are the last. Expired ones too, until their day is summed up: the books
+        need them."""
         ...
 
     async def roll_up(self, rollup: Rollup) -> bool:

@@ -199,8 +199,7 @@ class DynamoStore:
         values = {":kd": typed(f"{key_id}#{day}"), ":after": typed(f"GEN#{after}")}
         rows: list[Generation] = []
         async for item in self._query("kd = :kd AND pk > :after", values, IndexName="generations", Limit=limit):
-            if lives(item):
-                rows.append(generation_of(item))
+            rows.append(generation_of(item))
             if len(rows) == limit:
                 break
         return rows

@@ -342,3 +342,163 @@ async def test_a_whole_answer_where_a_stream_was_asked_for_is_one_chunk(kit: Kit
     assert outcome.chunks[0]["choices"][0]["delta"]["tool_calls"][0] == {"index": 0, **call}
     assert outcome.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
     assert outcome.chunks[-1]["usage"]["total_tokens"] == 15
+
+
+async def test_a_permitted_name_does_not_open_the_door_to_other_models(kit: Kit) -> None:
+    kit.reply = lambda _: whole({}, 500)
+    outcome = await kit.ask(await key_of(kit, models=("fast",)), ask("fast", models=["openai/gpt-4o"]))
+    assert [tried["model"] for tried in outcome.row.doc["attempts"]] == ["llama-3.3-70b-versatile", "gpt-4o-mini"]
+    assert all(b'gpt-4o"' not in request.content for request in kit.requests)
+
+
+async def test_a_providers_own_id_is_not_mistaken_for_anothers_deployment(tmp_path: Path) -> None:
+    store = SQLiteStore(str(tmp_path / "test.db"))
+    kit = Kit(store, lambda _: whole(answer()), {**ENVIRON, "OPENROUTER_API_KEY": "sk-or-test"})
+    with pytest.raises(Forbidden):
+        await kit.ask(await key_of(kit, models=("openai/gpt-4o-mini",)), ask("openrouter/openai/gpt-4o-mini"))
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("surface", "body"),
+    [
+        ("completions", {"prompt": "x", "max_completion_tokens": -(10**8)}),
+        ("completions", {"prompt": "x", "messages": [1], "tools": 5, "response_format": "x"}),
+        ("chat", {"messages": HELLO, "prompt": [], "input": [], "best_of": "x"}),
+        ("embeddings", {"input": "x", "n": "x", "stream": True, "max_tokens": -5}),
+    ],
+)
+async def test_fields_of_another_surface_change_no_reservation(kit: Kit, surface: Any, body: dict[str, Any]) -> None:
+    vector = {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [1.0]}]}
+    kit.reply = lambda _: whole(vector if surface == "embeddings" else answer())
+    model = "openai/text-embedding-3-small" if surface == "embeddings" else "openai/gpt-4o-mini"
+    key = await key_of(kit, balance=10**9, credit=10**9)
+    exchange = await kit.admit(key, {"model": model, **body}, surface)
+    assert exchange.hold.money > 0
+    assert exchange.key.balance < 10**9
+    await kit.gateway.close(exchange)
+    assert (await kit.ask(key, {"model": model, **body}, surface)).error is None
+
+
+async def test_an_allowed_fallback_is_found_however_far_back(tmp_path: Path) -> None:
+    entries = ["groq", "mistral", "deepseek", "openai"]
+    config = ", ".join(
+        f'{{ provider = "{name}", model = "gpt-4o", priority = {at} }}' for at, name in enumerate(entries)
+    )
+    (tmp_path / "gateway.toml").write_text(
+        f"[aliases]\nmany = [{config}]\n[prices]\ndefault = {{ input = 1, output = 1 }}"
+    )
+    store = SQLiteStore(str(tmp_path / "test.db"))
+    environ = {f"{name.upper()}_API_KEY": "sk-test-test" for name in entries}
+    kit = Kit(store, lambda _: whole(answer()), environ, str(tmp_path / "gateway.toml"))
+    outcome = await kit.ask(await key_of(kit, models=("openai/*",), balance=10**9, credit=10**9), ask("many"))
+    assert (outcome.error, outcome.row.doc["provider"]) == (None, "openai")
+    held = 4096 * 1000 + 900 * 1000  # enough for those that come first, at $1, but not for gpt-4o at $10
+    poor = await key_of(kit, models=("openai/*",), balance=held, credit=held)
+    with pytest.raises(Forbidden) as refused:
+        await kit.ask(poor, ask("many"))
+    assert refused.value.code == "insufficient_quota"
+    await store.close()
+
+
+async def test_every_prompt_of_a_list_is_reserved_for(kit: Kit) -> None:
+    body = {"model": "openai/gpt-3.5-turbo-instruct", "prompt": ["a", "b", "c", "d"], "max_tokens": 1000, "n": 2}
+    exchange = await kit.admit(await key_of(kit), body, "completions")
+    assert exchange.output == 4 * 2 * 1000
+    await kit.gateway.close(exchange)
+
+
+async def test_what_a_reasoning_model_thinks_is_bounded_too(kit: Kit) -> None:
+    kit.reply = lambda _: streamed(piece("ok", "stop"))
+    await kit.ask(await key_of(kit, balance=10**9, credit=10**9), ask("openai/o4-mini", stream=True))
+    assert json.loads(kit.requests[-1].content)["max_completion_tokens"] == 4096
+    await kit.ask(await key_of(kit), ask("openai/o4-mini", stream=True))
+    assert "max_completion_tokens" not in json.loads(kit.requests[-1].content)
+
+
+async def test_a_stream_that_lacks_a_choice_is_not_whole(kit: Kit) -> None:
+    kit.reply = lambda _: streamed(piece("one", "stop"))
+    cut = await kit.ask(await key_of(kit), ask(n=2, stream=True))
+    assert cut.chunks[-1]["error"]["code"] == "upstream_unavailable"
+    kit.reply = lambda _: streamed(piece("one", "stop"), b"data: [DONE]\n\n")
+    said_so = await kit.ask(await key_of(kit), ask(n=2, stream=True))
+    assert said_so.chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_what_only_the_last_provider_refuses_is_the_callers_answer(kit: Kit) -> None:
+    refusal = {"error": {"message": "bad image", "code": "invalid_image"}}
+    kit.reply = by_host(groq=lambda: whole({}, 429), openai=lambda: whole(refusal, 400))
+    outcome = await kit.ask(await key_of(kit), ask("fast"))
+    assert outcome.error is not None
+    assert (outcome.error.status, outcome.error.code) == (400, "invalid_image")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code"),
+    [
+        ({"error": {"message": "This model's maximum context length is 8192 tokens."}}, "context_length_exceeded"),
+        ({"error": {"message": "The prompt was filtered", "code": "content_filter"}}, "content_policy_violation"),
+    ],
+)
+async def test_refusals_that_clients_act_on_have_openais_code(kit: Kit, refusal: Any, code: str) -> None:
+    kit.reply = lambda _: whole(refusal, 400)
+    outcome = await kit.ask(await key_of(kit), ask())
+    assert outcome.error is not None
+    assert (outcome.error.status, outcome.error.code) == (400, code)
+
+
+@pytest.mark.parametrize("status", [202, 204, 405, 410])
+async def test_a_providers_oddities_are_not_the_callers_fault(kit: Kit, status: int) -> None:
+    kit.reply = lambda _: whole(b"", status)
+    outcome = await kit.ask(await key_of(kit), ask())
+    assert outcome.error is not None
+    assert outcome.error.status == 502
+
+
+async def test_no_error_tells_our_key_whatever_it_looks_like(tmp_path: Path) -> None:
+    (tmp_path / "gateway.toml").write_text('[providers.lab]\nbase_url = "http://lab.test/v1"\n')
+    store = SQLiteStore(str(tmp_path / "test.db"))
+    secret = "hunter2 swordfish"
+    kit = Kit(store, lambda _: whole({}), {"LAB_API_KEY": secret}, str(tmp_path / "gateway.toml"))
+    for status, body in ((400, {"error": {"message": f"{secret} is wrong"}}), (200, {"error": f"no {secret}"})):
+        kit.reply = lambda _, status=status, body=body: whole(body, status)
+        outcome = await kit.ask(await key_of(kit), ask("lab/m"))
+        assert outcome.error is not None
+        assert secret not in outcome.error.message + json.dumps(dict(outcome.row.doc))
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        {"prompt_tokens": 5, "completion_tokens": 10**12, "total_tokens": 10**12},
+    ],
+)
+async def test_usage_that_cannot_be_is_not_believed(kit: Kit, usage: dict[str, int]) -> None:
+    kit.reply = lambda _: whole({**answer("word " * 500), "usage": usage})
+    outcome = await kit.ask(await key_of(kit), ask())
+    assert outcome.row.doc["tokens"]["source"] == "estimated"
+    assert 400 <= outcome.row.doc["tokens"]["completion_tokens"] <= 700
+
+
+async def test_what_broke_off_is_booked_to_who_broke_it_off(kit: Kit) -> None:
+    kit.reply = by_host(groq=lambda: whole({}, 500), openai=lambda: streamed(piece("half")))
+    outcome = await kit.ask(await key_of(kit), ask("fast", stream=True))
+    assert outcome.row.cost > 0
+    assert (outcome.row.doc["provider"], outcome.row.doc["status"]) == ("openai", "failed")
+
+
+async def test_a_dear_service_tier_is_not_for_keys_with_a_budget(kit: Kit) -> None:
+    with pytest.raises(Forbidden) as refused:
+        await kit.ask(await key_of(kit, balance=10**9, credit=10**9), ask(service_tier="priority"))
+    assert refused.value.code == "model_not_priced"
+    assert (await kit.ask(await key_of(kit), ask(service_tier="priority"))).error is None
+
+
+async def test_an_answer_too_deep_to_be_written_is_no_answer(kit: Kit) -> None:
+    deep = b'{"choices": [{"index": 0, "message": {"content": "x", "odd": ' + b"[" * 400 + b"]" * 400 + b"}}]}"
+    kit.reply = lambda _: whole(deep)
+    outcome = await kit.ask(await key_of(kit), ask())
+    assert outcome.error is not None
+    assert outcome.error.code == "upstream_protocol_error"
