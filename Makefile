@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := infra/locks
+STAGE ?= dev
+REGION ?= $(or $(AWS_REGION),$(AWS_DEFAULT_REGION),us-east-1)
+DEPLOYERS := infra/node_modules/.bin
+AWS := AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check bench prices locks clean
+.PHONY: help run test lint check bench package synth deploy deploy-cdk secrets admin-key remove capacity prices locks clean
 
 help:  ## what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 run: $(VENV)/.local  ## serve on http://127.0.0.1:8080, with a first key printed
 	@$(BIN)/python -m functions.local --demo
 
-test: $(VENV)/.dev tests/engines/.installed  ## set up everything and run all tests
+test: $(VENV)/.dev $(VENV)/.cdk tests/engines/.installed infra/node_modules/.installed  ## set up everything and run all tests
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## format, lint, types, import layers
@@ -27,6 +31,36 @@ check: lint test  ## all that CI checks
 bench: $(VENV)/.dev  ## this gateway beside the bare provider: CPU, added latency, start, memory
 	@$(BIN)/python -m tests.bench
 
+package: | $(VENV)/bin/python  ## dist/lightrail.zip: what Lambda runs
+	@$(BIN)/python infra/package.py
+
+synth: package deployers $(VENV)/.cdk  ## both deployers' templates, in dist/: no AWS account needed
+	@$(DEPLOYERS)/osls package --stage $(STAGE) --region $(REGION) --package dist/osls
+	@CDK_CONTEXT_JSON='{"stage": "$(STAGE)", "region": "$(REGION)"}' CDK_OUTDIR=dist/cdk $(BIN)/python infra/cdk_app.py
+	@echo "dist/osls/cloudformation-template-update-stack.json  dist/cdk/lightrail-$(STAGE).template.json"
+
+deploy: package deployers $(VENV)/.local  ## put a stage on AWS by Serverless: make deploy STAGE=dev REGION=us-east-1
+	@$(AWS) $(DEPLOYERS)/osls deploy --stage $(STAGE) --region $(REGION)
+	@$(AWS) $(BIN)/python infra/stage.py show $(STAGE)
+
+deploy-cdk: package deployers $(VENV)/.cdk  ## the same by the CDK; a stage belongs to the deployer that made it
+	@$(AWS) $(DEPLOYERS)/cdk deploy --app "$(BIN)/python infra/cdk_app.py" --output dist/cdk --no-notices \
+	  --require-approval never --context stage=$(STAGE) --context region=$(REGION) || { \
+	  echo "Is the CDK new to this account in $(REGION)? $(DEPLOYERS)/cdk bootstrap aws://<account>/$(REGION)"; exit 1; }
+	@$(AWS) $(BIN)/python infra/stage.py show $(STAGE)
+
+secrets: $(VENV)/.local  ## give a stage the provider keys that .env and the environment have
+	@$(AWS) $(BIN)/python -m functions.cli --stage $(STAGE) secrets push
+
+admin-key: $(VENV)/.local  ## make an admin key of a stage, shown once
+	@$(AWS) $(BIN)/python -m functions.cli --stage $(STAGE) keys create --name admin --role admin
+
+remove: $(VENV)/.local  ## take a stage off AWS; its table and secrets stay, unless EVERYTHING=yes
+	@$(AWS) $(BIN)/python infra/stage.py remove $(STAGE) $(if $(filter yes,$(EVERYTHING)),--everything)
+
+capacity: $(VENV)/.local  ## what a load costs and where limits bite: make capacity LOAD='--rate 5 --seconds 10'
+	@$(BIN)/python infra/capacity.py $(LOAD)
+
 prices: $(VENV)/.dev  ## refresh shared/prices.json from the genai-prices release that is locked
 	@$(BIN)/python infra/refresh_prices.py
 
@@ -34,7 +68,7 @@ locks: $(VENV)/.dev  ## pin every dependency again, with hashes
 	@sh $(LOCKS)/relock.sh $(BIN)/uv
 
 clean:  ## remove what the other targets made; keys and database stay
-	rm -rf $(VENV) tests/engines/node_modules tests/engines/.installed .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist infra/node_modules tests/engines/node_modules tests/engines/.installed .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -56,3 +90,17 @@ $(VENV)/.dev: $(LOCKS)/dev.txt | $(VENV)/bin/python
 tests/engines/.installed: tests/engines/package-lock.json
 	@if command -v npm >/dev/null; then echo "Installing the local DynamoDB engine ..."; \
 	  npm ci --prefix tests/engines --silent --no-audit --no-fund && touch $@; fi
+
+# The CDK's library, half a gigabyte; it runs on Node.
+$(VENV)/.cdk: $(LOCKS)/cdk.txt | $(VENV)/.dev
+	@if command -v node >/dev/null; then echo "Installing the CDK (about a minute) ..."; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $< && touch $@; fi
+
+# Serverless and the CDK's command; without npm the tests that need them say so and skip.
+infra/node_modules/.installed: infra/package-lock.json
+	@if command -v npm >/dev/null; then echo "Installing the deployers ..."; \
+	  npm ci --prefix infra --silent --no-audit --no-fund && touch $@; fi
+
+.PHONY: deployers
+deployers: infra/node_modules/.installed
+	@test -e $< || { echo "Deploying needs Node.js 22 or newer with npm: https://nodejs.org"; exit 1; }

@@ -27,6 +27,8 @@ async def answer(surface: Surface, request: Request, caller: Credential, service
         raise
     request_id = told["id"].removeprefix("gen-")
     exchange = told["exchange"] = await services.gateway.admit(plan, caller, request_id)
+    if ends := request.scope["state"].get("deadlines"):  # the platform's, if it has any
+        exchange.deadline = min(exchange.deadline, ends[plan.call.stream])
     if plan.call.stream:
         return EventStream(services.gateway, exchange)
     return await whole(request, services.gateway, exchange)

@@ -25,7 +25,8 @@ class Handler:
         asyncio.set_event_loop(self._loop)  # Mangum runs on the thread's own, and would make one where there is none
         current = Current(environ)
         app = assemble(current.settings, current)
-        self._mangum = Mangum(app, lifespan="off", custom_handlers=[Rest, FunctionURL])
+        handlers: list[Any] = [Rest, FunctionURL]  # which Mangum's protocol takes at run time, not in its types
+        self._mangum = Mangum(app, lifespan="off", custom_handlers=handlers)
 
     def __call__(self, event: Any, context: Any) -> JSON:
         """Events of API Gateway's are answered in its shape; others, such as a schedule's, by nothing."""

@@ -1,21 +1,30 @@
-"""Our side of the Lambda Runtime API, which hands out events and takes streamed answers, over asyncio streams.
+"""The life of the process that streams on Lambda: init, restore, then event after event from the Lambda Runtime API.
 
 https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html and, for what streams,
 https://docs.aws.amazon.com/lambda/latest/dg/runtimes-custom.html#runtimes-custom-response-streaming; what these leave
-open is as AWS's own server does it: https://github.com/aws/aws-lambda-runtime-interface-emulator (internal/lambda/rapi).
-Only the standard library: whatever else is missing from a package can still be reported.
+open is as in AWS's own server, internal/lambda/rapi of https://github.com/aws/aws-lambda-runtime-interface-emulator.
+
+`functions/bootstrap` starts it in place of Python's official runtime, which cannot stream; once that can, this goes.
+Only the standard library is imported here: whatever else is missing from a package can still be reported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+import io
 import json
+import os
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from functions.stream import Handler
 
 VERSION = "/2018-06-01/runtime"
 STREAMING = (
@@ -32,7 +41,7 @@ UNTOLD = "The gateway failed; its log says how."
 
 
 class RefusedError(Exception):
-    """The Runtime API did not take what was sent, or is gone: nothing more can be done in this environment."""
+    """The Runtime API did not take what was sent, or is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +203,46 @@ def description(error: BaseException, message: str | None = None) -> bytes:
     trace = [line.rstrip() for line in traceback.format_tb(error.__traceback__)]
     told = {"errorType": error_type(error), "errorMessage": message or UNTOLD, "stackTrace": trace}
     return json.dumps(told).encode()
+
+
+async def serve(api: RuntimeAPI, handler: Handler, parallel: int) -> None:
+    """Forever; raises RefusedError when the platform is gone. An event is asked for when all work on the last one is
+    done, lest the platform freezes it half-done; several at a time where the platform hands them out so:
+    https://docs.aws.amazon.com/lambda/latest/dg/runtimes-custom.html#runtimes-custom-managed-instances"""
+
+    async def one_after_the_other() -> None:
+        while True:
+            await handler(await api.next())
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(parallel):
+            group.create_task(one_after_the_other())
+
+
+async def run(api: RuntimeAPI, environ: Mapping[str, str]) -> int:
+    """Init, then restore where this environment becomes a snapshot, then events; returns only where that failed.
+
+    One event loop for all, so that connections to providers stay warm."""
+    what, parallel = "init", int(environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)
+    try:
+        from functions.stream import prepared
+
+        handler = prepared(api, environ, parallel)
+        gc.enable()
+        gc.freeze()  # all this is here to stay
+        if environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
+            what = "restore"
+            await api.restored()
+            await handler.restored()
+    except Exception as error:  # noqa: BLE001 whatever it is, the platform is told
+        traceback.print_exc()
+        await api.failed(what, error, str(error) if isinstance(error, ValueError | ImportError) else None)
+        return 1
+    await serve(api, handler, parallel)
+    return 0
+
+
+def main() -> None:
+    gc.disable()  # what imports make is no garbage, and to look for some takes a tenth of the start
+    cast("io.TextIOWrapper[Any]", sys.stdout).reconfigure(line_buffering=True)  # or metrics would be frozen in
+    sys.exit(asyncio.run(run(RuntimeAPI(os.environ["AWS_LAMBDA_RUNTIME_API"]), os.environ)))

@@ -22,6 +22,7 @@ TTL = 300.0
 """Seconds after which a changed secret is effective."""
 RETRY = 5.0
 """Seconds between two tries to read them when they cannot be."""
+NONE: Mapping[str, str] = {}
 
 
 class Secrets:
@@ -120,8 +121,8 @@ class Current:
 
     async def __call__(self) -> Services:
         """Raises StoreUnavailable while the secrets cannot be had, or do not suffice."""
-        secrets = await self._secrets.current() if self._secrets else {}
-        if self._services is None or (self._secrets and secrets is not self._made_of):
+        secrets = await self._secrets.current() if self._secrets else NONE
+        if self._services is None or secrets is not self._made_of:
             self._made_of, self._services = secrets, self._made(secrets)
         return self._services
 

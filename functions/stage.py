@@ -40,7 +40,9 @@ class Stage:
         except StageError as error:
             if "does not exist" not in str(error):
                 raise
-            raise StageError(f"No stack {self.stack} in {self._region()}: `make deploy STAGE={self.name}`.") from None
+            raise StageError(
+                f"No stack {self.stack} in {self.region}: `make deploy STAGE={self.name}` makes it."
+            ) from None
         return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
 
     def pepper(self) -> str:
@@ -83,7 +85,8 @@ class Stage:
                 raise StageError(f"AWS: {error} Set AWS_DEFAULT_REGION, or use make with REGION=….") from error
         return self._clients[service]
 
-    def _region(self) -> str:
+    @property
+    def region(self) -> str:
         return self.client("cloudformation").meta.region_name
 
 

@@ -1,30 +1,27 @@
-"""Lambda, streamed answers: the runtime loop, for neither Python's official runtime nor Mangum can stream.
+"""Lambda, streamed answers: an event in, its answer out as it comes, by the same app; Mangum can only answer whole.
 
-`functions/bootstrap` starts this in place of the managed runtime. One event loop lives as long as the process, so that
-connections to providers stay warm; the next event is asked for when all work on the last one is done, lest the platform
-freezes it half-done. Should Python's own runtime learn to stream, this file and `runtime.py` can go.
+`runtime.py` asks for the events and `events.py` makes requests of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import io
 import os
 import random
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
+from starlette.types import ASGIApp, Message
+
+from functions import events
+from functions.app import assemble
+from functions.responses import JSONBytes
 from functions.runtime import MAX_PRELUDE, Invocation, RefusedError, RuntimeAPI, Stream, prelude
-
-if TYPE_CHECKING:  # at run time only once errors can be reported
-    from starlette.types import ASGIApp, Message
-
-    from functions.secrets import Current
-    from shared.errors import GatewayError
+from functions.secrets import Current
+from shared import sse
+from shared.errors import GatewayError, UpstreamTimeout
+from shared.telemetry import logger
+from shared.upstream import IDLE_SECONDS
 
 MARGIN = 3.0
 """Seconds before the platform's deadline at which an answer ends, so that its record can still be written."""
@@ -61,59 +58,61 @@ class Answer:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
+        if self._ended:
+            return
         if message["type"] == "http.response.start":
             await self._begin(message)
-        elif self._stream and not self._ended:
+        elif self._stream:
             if body := message.get("body"):
                 self._last = body
                 self._stream.write(body)
             if not message.get("more_body"):
-                self._end()
+                self._end(self._stream)
             elif asyncio.get_running_loop().time() < self._patience:
                 await self._stream.drain()
 
     async def _begin(self, message: Message) -> None:
-        from shared.errors import GatewayError
-
         head = prelude(message["status"], message["headers"])
         if len(head) > MAX_PRELUDE:
-            raise GatewayError("The headers of the answer are larger than the platform allows.")
+            logger.error("answer.headers_too_large", extra={"invocation": self._id, "bytes": len(head)})
+            await self._refuse(GatewayError("The headers of this answer are larger than the platform allows."))
+            self._lost.set()  # to the app it is as if the caller had hung up
+            return
         self._events = any(
             name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
         )
         self._stream = await self._api.respond(self._id, self._lost)
         self._stream.write(head)
 
-    def _end(self, error: BaseException | None = None) -> None:
-        assert self._stream is not None
+    def _end(self, stream: Stream, error: BaseException | None = None) -> None:
         self._ended = True
-        self._stream.end(error)
+        stream.end(error)
+
+    async def _refuse(self, error: GatewayError) -> None:
+        refusal = JSONBytes(error.body(), status_code=error.status, headers=error.headers)
+        await refusal({"type": "http"}, self.receive, self.send)
 
     async def fail(self, error: BaseException, told: GatewayError | None = None) -> None:
-        """End in the one way that is left: an error to the platform or `told` to the caller; a last event, a trailer."""
-        from functions.responses import JSONBytes
-        from shared import sse
-        from shared.errors import GatewayError
-
-        if self._stream is None and told is None:
-            await self._api.failed(f"invocation/{self._id}", error)
-        elif self._stream is None and told is not None:
-            refusal = JSONBytes(told.body(), status_code=told.status, headers=told.headers)
-            await refusal({"type": "http"}, self.receive, self.send)
-        elif self._stream and not self._ended:
+        """End, unless it has ended, in what way is left: as an answer of its own, `told` to the caller or an error to
+        the platform; else by one last event, and a trailer."""
+        if self._ended:
+            return
+        if self._stream:
             if self._events and not self._last.endswith(sse.DONE):  # nobody behind API Gateway sees a trailer
                 self._stream.write(sse.encode((told or GatewayError("The gateway failed to go on.")).body()))
-            self._end(error)
+            self._end(self._stream, error)
+        elif told:
+            await self._refuse(told)
+        else:
+            await self._api.failed(f"invocation/{self._id}", error)
 
     async def closed(self) -> None:
         """Wait until the platform has it all; only then may the next event be asked for."""
-        from shared.telemetry import logger
-
         if self._stream and (trouble := await self._stream.taken()):
             logger.error("answer.not_taken", extra={"invocation": self._id, "reason": trouble})
 
 
-class Runtime:
+class Handler:
     """`clock` is the wall's: the event loop's may stand still while the process is frozen."""
 
     def __init__(
@@ -122,64 +121,51 @@ class Runtime:
         app: ASGIApp,
         current: Current,
         *,
-        parallel: int = 1,
+        alone: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api = api
         self._app = app
         self._current = current
-        self._parallel = parallel
+        self._alone = alone  # one event at a time
         self._clock = clock
         self._busy = 0
         self._rested = clock()
 
-    async def serve(self) -> None:
-        """Forever; raises RefusedError when the platform is gone. Several events at a time where it hands them out:
-        https://docs.aws.amazon.com/lambda/latest/dg/runtimes-custom.html#runtimes-custom-managed-instances"""
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._parallel):
-                group.create_task(self._one_after_the_other())
+    async def __call__(self, invocation: Invocation) -> None:
+        """Answer one event, and do all the work that it brings; never raises, for the next one is no worse."""
+        if not self._busy:
+            await self._wake()
+        self._busy += 1
+        try:
+            if self._alone:  # there is one environment: of several events, nobody could say whose trace this is
+                os.environ["_X_AMZN_TRACE_ID"] = invocation.trace or ""
+            await self._answer(invocation)
+        except RefusedError as refused:
+            logger.error("answer.not_taken", extra={"invocation": invocation.id, "reason": str(refused)})
+        finally:
+            self._busy -= 1
+            self._rested = self._clock()
 
     async def restored(self) -> None:
-        """In an environment made from a snapshot, as many others were: nothing random or connected may be shared."""
+        """In an environment made from a snapshot, as others were too: nothing random or connected may be shared."""
         random.seed()
         await self._current.forget_connections()
 
-    async def _one_after_the_other(self) -> None:
-        while True:
-            invocation = await self._api.next()
-            if self._busy == 0:
-                await self._wake()
-            self._busy += 1
-            try:
-                await self._handle(invocation)
-            finally:
-                self._busy -= 1
-                self._rested = self._clock()
-
     async def _wake(self) -> None:
-        """After a rest, connections to providers may be dead without our having seen it."""
-        from shared.upstream import IDLE_SECONDS
-
+        """Connections to providers that rested for long, or through a freeze, may have died unseen."""
         if not 0 <= self._clock() - self._rested <= IDLE_SECONDS:
             await self._current.forget_connections()
 
-    async def _handle(self, invocation: Invocation) -> None:
-        from functions import events
-        from functions.responses import JSONBytes
-        from shared.errors import GatewayError, UpstreamTimeout
-        from shared.telemetry import logger
-
-        if self._parallel == 1:  # a process has one environment: with several events there is no telling whose it is
-            os.environ["_X_AMZN_TRACE_ID"] = invocation.trace or ""
+    async def _answer(self, invocation: Invocation) -> None:
         now = asyncio.get_running_loop().time()
         deadline = now + invocation.deadline - time.time()
         app, scope, body = self._app, {"type": "http"}, b""
         try:
             if request := events.read(invocation.event):
                 scope, body = request
-                streamed, whole = deadline - MARGIN, min(deadline - MARGIN, now + SILENCE)
-                scope["state"] = {"deadlines": {True: streamed, False: whole}}
+                streamed = deadline - MARGIN
+                scope["state"] = {"deadlines": {True: streamed, False: min(streamed, now + SILENCE)}}
             else:
                 app = JSONBytes({})  # a schedule that keeps us warm, a test button: nothing to do, and no error
         except GatewayError as refused:
@@ -188,53 +174,18 @@ class Runtime:
         try:
             async with asyncio.timeout_at(deadline - LAST_MOMENT):
                 await app(scope, answer.receive, answer.send)
-        except RefusedError:
-            raise
-        except GatewayError as refused:
-            await answer.fail(refused, refused)
+            await answer.fail(RuntimeError("the app did not finish its answer"))
         except TimeoutError as late:
             await answer.fail(late, UpstreamTimeout("The answer took longer than the platform allows."))
-        except Exception as crash:
+        except RefusedError:
+            raise
+        except Exception as crash:  # noqa: BLE001 it is logged; the next event is no worse
             logger.exception("crash", extra={"invocation": invocation.id})
             await answer.fail(crash)
         await answer.closed()
 
 
-def prepared(api: RuntimeAPI, environ: Mapping[str, str]) -> Runtime:
-    """What every event needs; nothing is connected to, and no secret read, before the first one."""
-    from functions.app import assemble
-    from functions.secrets import Current
-
+def prepared(api: RuntimeAPI, environ: Mapping[str, str], parallel: int) -> Handler:
+    """All that an event needs but connections and secrets. Raises ValueError where the settings are wrong."""
     current = Current(environ)
-    parallel = int(environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)
-    return Runtime(api, assemble(current.settings, current), current, parallel=parallel)
-
-
-async def run(api: RuntimeAPI, environ: Mapping[str, str]) -> int:
-    """Init, restore where this environment will be a snapshot, then events. Returns only if init or restore failed."""
-    what = "init"
-    try:
-        runtime = prepared(api, environ)
-        gc.enable()
-        gc.freeze()  # all this is here to stay
-        if environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
-            what = "restore"
-            await api.restored()
-            await runtime.restored()
-    except Exception as error:  # noqa: BLE001 whatever it is, the platform is told
-        traceback.print_exc()
-        await api.failed(what, error, str(error) if isinstance(error, ValueError | ImportError) else None)
-        return 1
-    await runtime.serve()
-    return 0
-
-
-def main() -> int:
-    gc.disable()  # until all is there: what imports make is no garbage, and looking for some is a tenth of the start
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a metric that is not out by the next event may be frozen in
-    return asyncio.run(run(RuntimeAPI(os.environ["AWS_LAMBDA_RUNTIME_API"]), os.environ))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Handler(api, assemble(current.settings, current), current, alone=parallel == 1)

@@ -11,3 +11,4 @@ lock() {
 lock -o "$locks/runtime.txt"
 lock --extra local -c "$locks/runtime.txt" -o "$locks/local.txt"
 lock --extra local --extra dev -c "$locks/local.txt" -o "$locks/dev.txt"
+lock --extra local --extra dev --extra cdk -c "$locks/dev.txt" -o "$locks/cdk.txt"

@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server import Server, serving
+from tests.functions.doors import until
+from tests.server import Server
 from tests.server import gateway as start
-from tests.upstream import DONE, Exchange, Step, Upstream, answer, chunk, close, dumped, event, head, send
+from tests.upstream import END, Exchange, Step, Upstream, answer, chunk, close, dumped, head, send
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 ASKED = {"model": "openai/gpt-4o-mini", "messages": HELLO}
@@ -23,12 +24,14 @@ ASKED = {"model": "openai/gpt-4o-mini", "messages": HELLO}
 
 async def lines(server: Server, start: int, many: int) -> list[str]:
     """What the process logged from byte `start` on, once that is so many lines; fails where it is more."""
-    async with asyncio.timeout(5):
-        while (text := server.log.read_bytes()[start:].decode()).count("\n") < many:
-            await asyncio.sleep(0.02)
+
+    def logged() -> str:
+        return server.log.read_bytes()[start:].decode()
+
+    await until(lambda: logged().count("\n") >= many)
     await asyncio.sleep(0.05)
-    assert server.log.read_bytes()[start:].decode() == text
-    return text.splitlines()
+    assert logged().count("\n") == many
+    return logged().splitlines()
 
 
 async def test_a_request_is_one_line_that_people_can_read(server: Server, provider: Upstream) -> None:
@@ -56,7 +59,7 @@ async def test_a_request_is_one_line_that_people_can_read(server: Server, provid
 
 
 async def test_on_lambda_each_line_is_json_and_each_request_is_measured(tmp_path: Path, provider: Upstream) -> None:
-    environ = {"AWS_LAMBDA_FUNCTION_NAME": "lightrail-stream", "AWS_REGION": "eu-central-1"}
+    environ = {"AWS_LAMBDA_FUNCTION_NAME": "lightrail-stream", "AWS_REGION": "eu-central-1", "PYTHONUNBUFFERED": "1"}
     with start(tmp_path, provider.url, **environ) as server:
         made = await asyncio.to_thread(server.key)
         await asyncio.sleep(0.2)
@@ -76,7 +79,7 @@ async def test_on_lambda_each_line_is_json_and_each_request_is_measured(tmp_path
     assert {name: line["status"] for name, line in told.items()} == statuses
     assert set(metrics) == set(statuses)
     for line in told.values():
-        assert line.items() >= {"level": "INFO", "service": "lightrail"}.items()
+        assert line["level"] == "INFO"
         assert line["ms"] > 0
     whole, streamed, failed, health = told.values()
     assert (
@@ -147,12 +150,14 @@ def parrot_stream(*pieces: str, end: Step) -> list[Step]:
 
 
 WORD = '{"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": null}]}'
+FINISH = WORD.replace('"content": "hi"', "").replace("null", '"stop"')
 SAID = {"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}
 PARROTS: dict[str, list[Step]] = {
     f"e{status}": [parrot(status, {"error": {"message": "Bad key: {auth}, {key}, '{key}'", "code": "{key}"}})]
     for status in (400, 401, 402, 403, 404, 408, 413, 422, 429, 500, 503)
 } | {
     "text": [parrot(400, "your key {key} is bad, header Authorization: {auth}")],
+    "long": [parrot(500, {"error": {"message": "na " * 162 + "{key}"}})],  # cut at 500 characters
     "page": [parrot(502, "<html>{auth} {key}</html>", content_type="text/html")],
     "detail": [parrot(422, {"detail": [{"loc": ["header", "{key}"], "msg": "{auth}"}]})],
     "param": [parrot(400, {"error": {"message": "no", "param": "{key}", "type": "{key}", "code": "{key}"}})],
@@ -165,95 +170,116 @@ PARROTS: dict[str, list[Step]] = {
     "s-first": parrot_stream('{"error": {"message": "{auth}; {key}", "type": "{key}"}}', end=close()),
     "s-odd": parrot_stream("{key}", "{auth}", "[", "{", "}", WORD, end=close()),
     "s-cut": parrot_stream(WORD, '{"choices": [{"{key}', end=close()),
-    "s-name": parrot_stream(
-        '{"id": "{key}", "system_fingerprint": "{key}", "choices": []}', WORD, end=send(chunked_end := b"0\r\n\r\n")
-    ),
+    "s-name": parrot_stream('{"id": "{key}", "model": "{key}", "choices": []}', WORD, FINISH, end=send(END)),
 }
 
 
-def parts(secret: str) -> set[str]:
-    return {secret[at : at + PART] for at in range(len(secret) - PART + 1)}
+def parts(secret: str) -> set[bytes]:
+    return {secret[at : at + PART].encode() for at in range(len(secret) - PART + 1)}
+
+
+ADMIN, PEPPER, SK = "Adm1nCanaryQx7Rw2Zt9Kp4V", "PepperCanaryHs6Dn3Wb8Ym1", "sk-CanaryPv5Jt8Gc2Lz7Fx4Rk"
+ON_LAMBDA = {"AWS_LAMBDA_FUNCTION_NAME": "lightrail", "AWS_REGION": "eu-central-1"}
+
+
+class Told:
+    """Everything that anybody was told, by place; `key` of a provider that tells all it knows."""
+
+    def __init__(self, server: Server, client: httpx.AsyncClient) -> None:
+        self.server = server
+        self.client = client
+        self.places: dict[str, bytes] = {}
+
+    async def ask(self, method: str, path: str, key: str, body: Any = None) -> Any:
+        answered = await self.client.request(method, path, json=body, headers={"authorization": f"Bearer {key}"})
+        place = f"{len(self.places)}: {method} {path} {(body or {}).get('model')} {answered.status_code}"
+        self.places[place] = str(answered.headers.raw).encode() + b"\n" + answered.content
+        return answered.json() if answered.headers["content-type"] == "application/json" else None
+
+
+def in_database(path: Path) -> tuple[set[str], list[bytes], bytes]:
+    """The hashes, the records, and every byte of the files."""
+    with closing(sqlite3.connect(path)) as database:
+        hashes = {text for row in database.execute("SELECT hash, old_hash FROM keys") for text in row if text}
+        rows = [bytes(doc) for (doc,) in database.execute("SELECT doc FROM generations")]
+    return hashes, rows, b"".join(each.read_bytes() for each in path.parent.glob(f"{path.name}*"))
+
+
+KNOWN = {
+    "openai/param": "refusals.py passes on the `param` of an error as it comes",
+    "lab/param": "the same",
+    "lab/long": "refusals.py cuts the message before upstream.py looks for the key in it",
+}
+"""Where it still fails."""
 
 
 @pytest.mark.parametrize(
-    ("provider_name", "on_lambda"),
+    ("deployments", "environ"),
     [
-        ("openai", False),
-        ("openai", True),
-        pytest.param(
-            "lab",
-            False,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="shared/providers/refusals.py: a key that looks like none is not taken out of error messages",
-            ),
-        ),
+        pytest.param("openai/", {}, id="terminal"),
+        pytest.param("openai/", ON_LAMBDA, id="lambda"),
+        pytest.param("lab/", {}, id="odd key"),
+        *(pytest.param(name, {}, marks=pytest.mark.xfail(strict=True, reason=why)) for name, why in KNOWN.items()),
     ],
 )
 async def test_a_provider_that_tells_our_credentials_tells_them_to_nobody(
-    tmp_path: Path, provider: Upstream, provider_name: str, on_lambda: bool
+    tmp_path: Path, provider: Upstream, deployments: str, environ: dict[str, str]
 ) -> None:
-    admin, pepper, sk = "Adm1nCanaryQx7Rw2Zt9Kp4V", "PepperCanaryHs6Dn3Wb8Ym1", "sk-CanaryPv5Jt8Gc2Lz7Fx4Rk"
     (tmp_path / "gateway.toml").write_text(LAB.format(url=provider.url))
-    environ = {
-        "LR_ADMIN_KEY": admin,
-        "LR_KEY_PEPPER": pepper,
-        "OPENAI_API_KEY": sk,
-        "LAB_API_KEY": PLAIN_LOOKING,
-        "LOG_LEVEL": "DEBUG",
-        "GATEWAY_CONFIG": str(tmp_path / "gateway.toml"),
-        **({"AWS_LAMBDA_FUNCTION_NAME": "lightrail", "AWS_REGION": "eu-central-1"} if on_lambda else {}),
+    secrets = {"LR_ADMIN_KEY": ADMIN, "LR_KEY_PEPPER": PEPPER, "OPENAI_API_KEY": SK, "LAB_API_KEY": PLAIN_LOOKING}
+    more = {"LOG_LEVEL": "DEBUG", "GATEWAY_CONFIG": str(tmp_path / "gateway.toml"), **environ}
+    name, _, only = deployments.partition("/")
+    parrots = {
+        model: script
+        for model, script in PARROTS.items()
+        if (model == only if only else f"{name}/{model}" not in KNOWN)
     }
-    provider_key, provider.key = provider.key, None
-    answers: dict[str, bytes] = {}
+    provider.key, strict = None, provider.key
     try:
-        with start(tmp_path, provider.url, **environ) as server:
+        with start(tmp_path, provider.url, **secrets, **more) as server:
             async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as client:
-                as_admin = {"authorization": f"Bearer {admin}"}
-                made = (await client.post("/admin/keys", json={"name": "canary"}, headers=as_admin)).json()
-                old = made["key"]
-                rotated = (await client.post(f"/admin/keys/{made['id']}/rotate", headers=as_admin)).json()["key"]
-                keys = [key for key in (old, rotated)]
-
-                async def ask(name: str, method: str, path: str, key: str, body: Any = None) -> None:
-                    headers = {"authorization": f"Bearer {key}"}
-                    answered = await client.request(method, path, json=body, headers=headers)
-                    answers[name] = str(answered.headers.raw).encode() + answered.content
-
-                for model, script in PARROTS.items():
+                made = (await client.post("/admin/keys", json={"name": "c"}, headers=bearer(ADMIN))).json()
+                path = f"/admin/keys/{made['id']}"
+                rotated = (await client.post(f"{path}/rotate", headers=bearer(ADMIN))).json()
+                told = Told(server, client)
+                for model, script in parrots.items():
                     provider.always(model, *script)
                     for stream in (False, True):
-                        body = {**ASKED, "model": f"{provider_name}/{model}", "stream": stream}
-                        name = f"{model} {'stream' if stream else 'whole'}"
-                        await ask(name, "POST", "/v1/chat/completions", rotated, body)
-                await ask("old", "POST", "/v1/chat/completions", old, ASKED)
-                await ask("own", "GET", "/v1/key", rotated)
-                await ask("models", "GET", "/v1/models", rotated)
-                await ask("keys", "GET", "/admin/keys", admin)
-                await ask("key", "GET", f"/admin/keys/{made['id']}", admin)
-                await ask("usage", "GET", "/admin/usage", admin)
-                await ask("records", "GET", f"/admin/generations?key={made['id']}&limit=100", admin)
-                await ask("disable", "PATCH", f"/admin/keys/{made['id']}", admin, {"enabled": False})
-                await ask("disabled", "GET", "/v1/key", rotated)
-                await ask("wrong", "GET", "/v1/key", rotated[:-1])
-                await ask("health", "GET", "/health", "none")
-        log = server.log.read_text()
+                        asked = {**ASKED, "model": f"{name}/{model}", "stream": stream}
+                        await told.ask("POST", "/v1/chat/completions", rotated["key"], asked)
+                await told.ask("POST", "/v1/chat/completions", made["key"], ASKED)
+                for key, place in (
+                    (rotated["key"], "/v1/key"),
+                    (rotated["key"], "/v1/models"),
+                    (rotated["key"][:-1], "/v1/key"),
+                    ("none", "/health"),
+                    (ADMIN, "/admin/keys"),
+                    (ADMIN, path),
+                    (ADMIN, "/admin/usage"),
+                    (ADMIN, f"/admin/generations?key={made['id']}&limit=100"),
+                ):
+                    await told.ask("GET", place, key)
+                records = (
+                    await client.get(f"/admin/generations?key={made['id']}&limit=100", headers=bearer(ADMIN))
+                ).json()
+                await told.ask("PATCH", path, ADMIN, {"enabled": False})
+                await told.ask("GET", "/v1/key", rotated["key"])
+        log = server.log.read_bytes()
     finally:
-        provider.key = provider_key
-    assert len(provider.seen) == 2 * len(PARROTS) + 1
+        provider.key = strict
+    assert len(records["data"]) == len(provider.seen) == 2 * len(parrots) + 1
     assert not provider.malformed
-    with closing(sqlite3.connect(tmp_path / "lightrail.db")) as database:
-        hashes = [text for row in database.execute("SELECT hash, old_hash FROM keys") for text in row if text]
-        rows = [bytes(doc) for (doc,) in database.execute("SELECT doc FROM generations")]
-    assert len(hashes) == 3
+    hashes, rows, kept = in_database(tmp_path / "lightrail.db")
+    assert len(hashes) == 3  # of two keys, one of them rotated
     assert len(rows) == len(provider.seen)
-    secrets = [admin, pepper, sk, PLAIN_LOOKING, *(key[3 + len(made["id"]) :] for key in keys)]
-    never_told = {part for secret in (*secrets, *hashes) for part in parts(secret)}
-    never_kept = {part for secret in secrets for part in parts(secret)}
-    kept = b"".join(path.read_bytes() for path in tmp_path.glob("lightrail.db*"))
-    places = {**answers, "log": log.encode(), **{f"row {at}": row for at, row in enumerate(rows)}}
-    leaks = {place: [part for part in never_told if part.encode() in text] for place, text in places.items()}
+    ours = [*secrets.values(), *(each["key"].removeprefix(f"lr-{made['id']}") for each in (made, rotated))]
+    never_kept = set[bytes]().union(*map(parts, ours))
+    never_told = never_kept.union(*map(parts, hashes))
+    places = {**told.places, "log": log, **{f"record {at}": row for at, row in enumerate(rows)}}
+    leaks = {place: [part for part in never_told if part in text] for place, text in places.items()}
     assert {place: found for place, found in leaks.items() if found} == {}
-    assert [part for part in never_kept if part.encode() in kept] == []
-    requests = [line for line in log.splitlines() if made["id"] not in line and "POST" in line]
-    assert len(requests) >= len(provider.seen)
+    assert [part for part in never_kept if part in kept] == []
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
