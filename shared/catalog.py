@@ -117,12 +117,17 @@ class Catalog:
         """Each provider's default model, by priority: the members of `/generate`, round robin and `auto`."""
         return tuple(self._deployment(row, row.default_model) for row in self._on if row.default_model)
 
+    def listing(self, name: str) -> Listing:
+        """One name that can be asked for, listed or not; an alias also while it is off. Raises as `resolve`."""
+        if entries := self._aliases.get(name):
+            backends = tuple(f"{entry.provider}/{entry.model}" for entry in entries)
+            return Listing(name, tuple(self._alias(name)), backends)
+        deployments = self.resolve(name).deployments
+        return Listing(name, deployments, tuple(to.id for to in deployments))
+
     def models(self) -> list[Listing]:
         """Aliases, then all models known of the providers that are on, as `provider/model`."""
-        listings = [
-            Listing(name, tuple(self._alias(name)), tuple(f"{entry.provider}/{entry.model}" for entry in entries))
-            for name, entries in self._aliases.items()
-        ]
+        listings = [self.listing(name) for name in self._aliases]
         found = [
             self._deployment(row, model) for model, rows in self._serving.items() for row in rows if not row.missing
         ]

@@ -27,10 +27,7 @@ async def list_models(key: Identified, services: Offered) -> JSONBytes:
 @router.get("/models/{name:path}", response_model=None)
 async def retrieve_model(name: str, key: Identified, services: Offered) -> JSONBytes:
     """One model or alias; a model that is not listed but can be asked for is shown too."""
-    listing = next((listing for listing in services.catalog.models() if listing.id == name), None)
-    if listing is None:
-        route = services.catalog.resolve(name)
-        listing = Listing(name, route.deployments, tuple(to.id for to in route.deployments))
+    listing = services.catalog.listing(name)
     if not visible(listing, key):
         raise ModelNotFound(f"The model '{name[:128]}' does not exist or this key may not use it.", param="model")
     return JSONBytes(shown(listing, int(services.started)))
