@@ -32,7 +32,6 @@ FOLDER = Path(".lightrail")
 """Pepper, admin key and user key of this checkout; ignored by git, readable by its owner only."""
 GRACEFUL = 10
 """Seconds that streams in flight have to end by themselves; then each ends with an error event."""
-BACKLOG = 2048
 BOOKS_EVERY = 600
 """Seconds between two looks at what nobody settled."""
 
@@ -67,20 +66,22 @@ def main() -> int:
         services: Services = app.state.services
         if not services.catalog.on():
             raise ValueError("\n  ".join(["no provider is on.", *why_off(services)]))
-        with listening(settings) as listener:
-            server = Server(app, settings, asyncio.run(first_keys(services)))
-            server.run([listener])
+        try_to_listen(settings)
+        keys = asyncio.run(first_keys(services))
     except ValueError as error:
         print(f"Lightrail cannot start: {told(error)}", file=sys.stderr)
         return 2
+    Server(app, settings, keys).run()
     return 0
 
 
-def listening(settings: Settings) -> socket.socket:
-    """The server's socket, taken before any key is made or shown; raises ValueError."""
+def try_to_listen(settings: Settings) -> None:
+    """Before any key is made or shown; raises ValueError.
+
+    The server opens its own sockets: on one it is given asyncio may set no TCP_NODELAY, at 40 ms an answer."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+        socket.create_server((settings.host, settings.port), family=family).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             advice = "End what listens there, or choose another: PORT=8081 make run"

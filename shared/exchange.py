@@ -140,6 +140,8 @@ class Exchange:
 
     def interrupt(self) -> None:
         """The caller hung up, or the server is stopping: what was made until now is what is charged."""
+        if self.answer and self.answer.ended:
+            return  # all was said
         self.interrupted = True
         if self.attempts and not self.attempts[-1].seconds:
             self.attempts[-1].end()

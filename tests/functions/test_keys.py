@@ -425,7 +425,6 @@ async def test_what_the_environments_admin_key_spends_is_recorded_also_after_it_
             assert refusal(await door.ask("GET", "/admin/keys", key=wrong)) == (401, "invalid_api_key", None)
 
 
-@pytest.mark.xfail(strict=True, reason="shared/keys.py: rotating the id 'admin' makes a key that can never call")
 async def test_the_environments_admin_key_is_changed_in_the_environment_only(door: Door) -> None:
     assert refusal(await door.ask("POST", "/admin/keys/admin/rotate", {"grace_seconds": 0}))[0] == 400
     assert refusal(await door.ask("DELETE", "/admin/keys/admin"))[0] == 400

@@ -174,6 +174,12 @@ def test_a_store_that_cannot_be_opened_is_told_by_its_variable(fail: Fail, tmp_p
         assert said.startswith("Lightrail cannot start: DATABASE_URL: ")
 
 
+def test_a_folder_that_cannot_hold_keys_is_told(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / ".lightrail").write_text("a file where the folder should be")
+    code, said = fail("--demo")
+    assert (code, said) == (2, "Lightrail cannot start: .lightrail/pepper cannot be kept: File exists\n")
+
+
 def test_a_port_in_use_is_told_with_what_to_do_and_no_key_is_made(fail: Fail, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import sqlite3
 from contextlib import closing
@@ -13,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from shared.keys import mint
+from shared.telemetry import JSONLines, Redactor, Terminal
 from tests.functions.doors import until
 from tests.server import Server
 from tests.server import gateway as start
@@ -112,6 +115,24 @@ async def test_on_lambda_each_line_is_json_and_each_request_is_measured(tmp_path
     assert metrics[health["id"]]["provider"] == "none"
 
 
+def test_a_line_is_redacted_on_its_way_out_whatever_was_put_in() -> None:
+    key, known = mint()[1], "a known secret"
+    for form in (Terminal(), JSONLines()):
+        form.redact = Redactor([known, "short"])
+        record = logging.makeLogRecord(
+            {
+                "levelno": 20,
+                "levelname": "INFO",
+                "msg": f"{key} {known} Bearer abc.def sk-1234567890abcdef short",
+                "url": key,
+            }
+        )
+        line = form.format(record)
+        assert line.count("[redacted]") == 5
+        assert "short" in line  # too short to be taken out of every line
+        assert not any(secret in line for secret in (key, known, "abc.def", "1234567890"))
+
+
 # The canary --------------------------------------------------------------------------------------------------------
 
 PART = 8
@@ -183,10 +204,9 @@ ON_LAMBDA = {"AWS_LAMBDA_FUNCTION_NAME": "lightrail", "AWS_REGION": "eu-central-
 
 
 class Told:
-    """Everything that anybody was told, by place; `key` of a provider that tells all it knows."""
+    """Everything that callers were told, by place."""
 
-    def __init__(self, server: Server, client: httpx.AsyncClient) -> None:
-        self.server = server
+    def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
         self.places: dict[str, bytes] = {}
 
@@ -241,7 +261,7 @@ async def test_a_provider_that_tells_our_credentials_tells_them_to_nobody(
                 made = (await client.post("/admin/keys", json={"name": "c"}, headers=bearer(ADMIN))).json()
                 path = f"/admin/keys/{made['id']}"
                 rotated = (await client.post(f"{path}/rotate", headers=bearer(ADMIN))).json()
-                told = Told(server, client)
+                told = Told(client)
                 for model, script in parrots.items():
                     provider.always(model, *script)
                     for stream in (False, True):
