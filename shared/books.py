@@ -9,9 +9,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from shared import generations
 from shared.store.base import Generation, Hold, Rollup, Store, VirtualKey
 
-PREFIX = "gen-"
+PREFIX = generations.PREFIX
 RIPE = 2
 """The age in days at which a day is summed up: by then nothing is on its way to it any more."""
 DAYS = 7
@@ -38,8 +39,18 @@ def lost(key_id: str, request_id: str, hold: Hold, now: int) -> Generation:
     """The record of a request that nobody finished: charged with all it held.
 
     It belongs to the day of its discovery, for its own day may be summed up already."""
-    tokens = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": hold.tokens}
-    doc = {"model": None, "provider": None, "status": "lost", "tokens": tokens}
+    doc = {
+        **generations.BLANK,
+        "status": "lost",
+        "tokens": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": hold.tokens, "source": "estimated"},
+        "cost": {
+            "prompt_cost": None,
+            "completion_cost": None,
+            "total_cost": generations.dollars(hold.money),
+            "currency": "USD",
+            "source": "estimated",
+        },
+    }
     return Generation(PREFIX + request_id, key_id, now, hold.money, doc)
 
 

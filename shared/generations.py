@@ -12,6 +12,24 @@ from shared.store.base import Generation, Store, VirtualKey
 
 DOLLAR = 10**9
 PREFIX = "gen-"
+BLANK: JSON = {
+    "model": None,
+    "model_requested": None,
+    "provider": None,
+    "surface": None,
+    "stream": None,
+    "finish_reason": None,
+    "native_finish_reason": None,
+    "latency_ms": None,
+    "time_to_first_token_ms": None,
+    "attempts": [],
+    "provider_health": None,
+    "cached": False,
+    "dropped": [],
+    "user": None,
+    "error": None,
+}
+"""The fields of a record of which nothing is known but that it was lost."""
 PATIENCE, STEP = 2.0, 0.1
 """Seconds to wait for a row whose request is still open, and between looks."""
 

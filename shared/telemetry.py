@@ -41,6 +41,7 @@ class JSONLines(LambdaPowertoolsFormatter):
     redact = Redactor()
 
     def format(self, record: logging.LogRecord) -> str:
+        record.__dict__.pop("line", None)  # the terminal's
         return self.redact(super().format(record))
 
 
@@ -96,6 +97,7 @@ class Telemetry:
             metrics.add_metric("CostUSD", MetricUnit.NoUnit, told["cost_usd"])
         metrics.add_metadata(key="id", value=told["id"])
         metrics.flush_metrics()
+        sys.stdout.flush()  # which is a pipe on Lambda, and would keep the line for later
 
 
 def terminal_line(told: dict[str, Any]) -> str:

@@ -131,6 +131,12 @@ class Upstream:
             await response.aclose()
 
 
+def without(secret: str, text: str) -> str:
+    """The text without the secret, also where only the beginning of it was left at a cut."""
+    told = next((length for length in range(len(secret), 7, -1) if secret[:length] in text), 0)
+    return text.replace(secret[:told], REDACTED) if told else text
+
+
 class Timer:
     """Cancels its block, as ProviderError, once nothing came for as long as was to be waited, or at the deadline.
 
@@ -331,7 +337,8 @@ async def _faults(to: Deployment) -> AsyncGenerator[None]:
         yield
     except ProviderError as error:
         if (key := to.provider.api_key) is not None:
-            error.message = error.message.replace(key.get_secret_value(), REDACTED)
+            error.message = without(key.get_secret_value(), error.message)
+            error.param = error.param and without(key.get_secret_value(), error.param)
         raise
     except sse.TooLong:
         raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True) from None

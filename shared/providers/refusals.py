@@ -14,6 +14,7 @@ from shared.errors import ProviderError
 from shared.schema import JSON
 
 MAX_MESSAGE = 500
+PARAM = re.compile(r"[A-Za-z_][\w.\[\]-]{0,127}")
 MAX_WAIT = 60.0
 """Seconds; a longer wish is not worth waiting for, and is often a mistake."""
 
@@ -155,7 +156,7 @@ def _error(fault: str, status: int | None, said: Said, wait: float | None) -> Pr
         message
         or (f"The provider answered with status {status}." if status else "The provider answered with an error."),
         status=status,
-        param=said.param,
+        param=said.param if said.param and PARAM.fullmatch(said.param) and clean(said.param) == said.param else None,
         code=said.code if re.fullmatch(r"[a-z][a-z_]{2,63}", said.code) else None,
         retry_after=wait,
         ambiguous=status in AMBIGUOUS,

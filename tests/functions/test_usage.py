@@ -344,7 +344,6 @@ async def test_a_lost_request_has_its_record_and_is_charged_what_it_held(door: D
     assert (own["balance_usd"], own["spend_usd"], own["open_requests"]) == (0.75, 0.25, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="shared/books.py: a lost row has no cost{}, finish_reason, latency_ms, stream")
 async def test_a_lost_record_has_the_fields_that_all_have(door: Door) -> None:
     made = await door.make(balance_usd=1)
     await lose(door, made["id"])
