@@ -8,32 +8,21 @@ import os
 import secrets
 import socket
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import orjson
-import uvicorn
 from dotenv import load_dotenv
-from fastapi import FastAPI
 from pydantic import ValidationError
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from functions.app import create_app
 from functions.deps import Services
-from shared import books
-from shared.errors import InvalidRequest, StoreUnavailable
-from shared.keys import mint, time_ordered
+from functions.server import Server
+from shared.errors import StoreUnavailable
+from shared.keys import mint
 from shared.settings import Settings
 from shared.store.base import VirtualKey
-from shared.telemetry import logger
 
 FOLDER = Path(".lightrail")
 """Pepper, admin key and user key of this checkout; ignored by git, readable by its owner only."""
-GRACEFUL = 10
-"""Seconds that streams in flight have to end by themselves; then each ends with an error event."""
-BOOKS_EVERY = 600
-"""Seconds between two looks at what nobody settled."""
 
 
 def kept(name: str, make: str) -> tuple[str, bool]:
@@ -71,7 +60,7 @@ def main() -> int:
     except ValueError as error:
         print(f"Lightrail cannot start: {told(error)}", file=sys.stderr)
         return 2
-    Server(app, settings, keys).run()
+    Server(app, settings, lambda address: print(banner(services, keys, address), flush=True)).run()
     return 0
 
 
@@ -97,13 +86,13 @@ def told(error: ValueError) -> str:
 
 
 async def first_keys(services: Services) -> dict[str, tuple[str, bool]]:
-    """An admin and a user key, made once, where no LR_ADMIN_KEY is set; shown whole at that time only.
+    """A user key, and an admin key where no LR_ADMIN_KEY is set, made once; shown whole at that time only.
 
     Raises ValueError where the store or the folder cannot be had."""
     shown: dict[str, tuple[str, bool]] = {}
     try:
         await services.keys.ensure_admin()
-        for role in () if services.settings.lr_admin_key else ("admin", "user"):
+        for role in ("user",) if services.settings.lr_admin_key else ("admin", "user"):
             key, new = kept(f"{role}-key", mint()[1])
             await services.keys.keep(VirtualKey("", "", f"first {role} key", role), key)
             shown[role] = key, new
@@ -119,89 +108,28 @@ def why_off(services: Services) -> list[str]:
     return [f"{provider.title}: {why}" for provider in shipped if (why := catalog.why_off(provider.name))]
 
 
-class Wire(HttpToolsProtocol):
-    """httptools, not h11, which lets a request with both framings through; refuses what is no HTTP in our own shape."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = orjson.dumps(InvalidRequest(msg).body())
-        head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            f"cache-control: no-store\r\nx-request-id: req-{time_ordered(time.time())}\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-
-async def keep_books(services: Services) -> None:
-    """What the `sweep` function does on AWS: settle what crashed requests left open, sum up days before they expire."""
-    ttl = services.settings.generation_ttl_days
-    while True:
-        now = int(time.time())
-        try:
-            async for key in services.store.keys():
-                await services.limits.sweep(key, now)
-                await books.roll_up(services.store, key.id, now, ttl)
-        except StoreUnavailable as trouble:
-            logger.warning("books.postponed", extra={"reason": str(trouble)})
-        await asyncio.sleep(BOOKS_EVERY)
-
-
-class Server(uvicorn.Server):
-    """Says where it serves, and with which keys, once it does. `grace`: see `GRACEFUL`."""
-
-    def __init__(
-        self, app: FastAPI, settings: Settings, keys: dict[str, tuple[str, bool]], grace: int = GRACEFUL
-    ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=settings.host,
-                port=settings.port,
-                http=Wire,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=grace,
-            )
-        )
-        self._services: Services = app.state.services
-        self._keys = keys
-        self._books: asyncio.Future[None] | None = None
-
-    async def startup(self, sockets: list[Any] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and self.servers:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(self._banner(f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
-            self._books = asyncio.ensure_future(keep_books(self._services))
-
-    async def shutdown(self, sockets: list[Any] | None = None) -> None:
-        if self._books:
-            self._books.cancel()
-        await super().shutdown(sockets)
-
-    def _banner(self, address: str) -> str:
-        catalog, lines = self._services.catalog, ["", f"Lightrail serves on {address}", ""]
-        for role, (key, new) in self._keys.items():
-            where = FOLDER / f"{role}-key"
-            shown, once = (key, "shown this once; ") if new else (f"{key[:6]}***", "")
-            lines.append(f"  {role} key   {shown}   ({once}kept in {where})")
-        if self._services.settings.lr_admin_key:
-            lines.append("  admin key  LR_ADMIN_KEY; make user keys with POST /admin/keys")
-        on = catalog.on()
-        lines += ["", "  on   " + ", ".join(f"{provider.title} ({provider.name}/…)" for provider in on)]
-        lines += [f"  off  {line}" for line in why_off(self._services)]
-        model = f"{on[0].name}/{on[0].default_model}" if on and on[0].default_model else "<provider>/<model>"
-        key = f"$(cat {FOLDER / 'user-key'})" if self._keys else "$LR_ADMIN_KEY"
-        lines += [
-            "",
-            f'  curl -N {address}/v1/chat/completions -H "Authorization: Bearer {key}" \\',
-            "    -H 'Content-Type: application/json' \\",
-            f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
-            "",
-        ]
-        return "\n".join(lines)
+def banner(services: Services, keys: dict[str, tuple[str, bool]], address: str) -> str:
+    """What the first screen says: keys, providers, and a line to try."""
+    catalog, lines = services.catalog, ["", f"Lightrail serves on {address}", ""]
+    for role, (key, new) in keys.items():
+        where = FOLDER / f"{role}-key"
+        shown, once = (key, "shown this once; ") if new else (f"{key[:6]}***", "")
+        lines.append(f"  {role} key   {shown}   ({once}kept in {where})")
+    if services.settings.lr_admin_key:
+        lines.append("  admin key  LR_ADMIN_KEY; make user keys with POST /admin/keys")
+    on = catalog.on()
+    lines += ["", "  on   " + ", ".join(f"{provider.title} ({provider.name}/…)" for provider in on)]
+    lines += [f"  off  {line}" for line in why_off(services)]
+    model = f"{on[0].name}/{on[0].default_model}" if on and on[0].default_model else "<provider>/<model>"
+    key = f"$(cat {FOLDER / 'user-key'})"
+    lines += [
+        "",
+        f'  curl -N {address}/v1/chat/completions -H "Authorization: Bearer {key}" \\',
+        "    -H 'Content-Type: application/json' \\",
+        f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
+        "",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_keys_are_made_and_taken_while_a_gateway_serves_from_the_same_file(run: 
         rotated = run("keys", "rotate", made["id"], "--grace-seconds", "0")
         assert (status(made["key"]), status(rotated["key"])) == (401, 200)
         by_api = server.key(name="by API")
-        assert [key["name"] for key in run("keys", "list")] == ["LR_ADMIN_KEY", "by API", "by hand"]
+        assert [key["name"] for key in run("keys", "list")] == ["LR_ADMIN_KEY", "by API", "by hand", "first user key"]
         run("keys", "delete", by_api["id"])
         assert status(by_api["key"]) == 401
         admin = run("keys", "create", "--name", "admin", "--role", "admin")

@@ -114,16 +114,16 @@ def test_the_curl_line_works_as_it_is_printed(tmp_path: Path) -> None:
         assert len(chunks) > 5  # word by word
 
 
-async def test_with_an_admin_key_of_ones_own_no_keys_are_made_and_it_is_not_shown(
+async def test_with_an_admin_key_of_ones_own_only_a_user_key_is_made_and_yours_is_not_shown(
     server: Server, provider: Upstream
 ) -> None:
     log = server.log.read_text()
     assert "on   OpenAI (openai/…)\n" in log
     assert "off  Groq: set GROQ_API_KEY\n" in log
-    assert "$LR_ADMIN_KEY" in curl_line(log)
+    assert "$(cat .lightrail/user-key)" in curl_line(log)
     assert f'"model": "{MODEL.partition("/")[0]}/' in curl_line(log)
     assert not any(secret in log for secret in (ADMIN_KEY, PROVIDER_KEY, PEPPER))
-    assert not (server.log.parent / ".lightrail").exists()
+    assert [path.name for path in (server.log.parent / ".lightrail").iterdir()] == ["user-key"]
 
 
 def test_without_a_provider_it_says_what_to_set_and_does_not_start(tmp_path: Path) -> None:
@@ -208,11 +208,11 @@ def test_dot_env_is_read_from_the_folder_it_runs_in_and_the_environment_wins(tmp
 GRACE_OF_A_SECOND = """
 import os
 from functions.app import create_app
-from functions.local import Server
+from functions.server import Server
 from shared.settings import Settings
 
 settings = Settings.read(os.environ)
-Server(create_app(settings), settings, {}, grace=1).run()
+Server(create_app(settings), settings, print, grace=1).run()
 """
 
 
@@ -479,3 +479,19 @@ async def test_the_app_ends_only_when_what_is_open_is_settled(tmp_path: Path, pr
     async for kept in services.store.keys():
         assert not kept.open
     await services.store.close()
+
+
+async def test_endless_headers_are_refused_before_they_fill_the_memory(server: Server) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nx-endless: ")
+    sent, piece = 0, b"a" * 16384
+    with suppress(ConnectionError):
+        while sent < 4 * 1024 * 1024:
+            writer.write(piece)
+            await writer.drain()
+            sent += len(piece)
+    with suppress(ConnectionError):
+        answered = await reader.read(200)
+        assert answered.startswith(b"HTTP/1.1 400")
+    writer.close()
+    assert sent < 4 * 1024 * 1024

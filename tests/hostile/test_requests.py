@@ -26,8 +26,8 @@ from tests.upstream import Seen, Upstream
 CORPUS = ROOT.parent / "shared" / "hostile" / "requests.jsonl"
 OWN = Path(__file__).parent / "own.jsonl"
 BACKSTAGE = re.compile(
-    rb"Traceback|File \"|site-packages|\.py\b|/home/|/usr/|/tmp/|python|uvicorn|httptools|h11|fastapi|starlette"
-    rb"|pydantic|httpx|httpcore|orjson|boto|sqlite|asyncio|anyio|[a-z]Error\b|Exception|NoneType|\bdict\b|\bNone\b|"
+    rb"Traceback|File \"|site-packages|\.py\b|/home/|/usr/|/tmp/|NoneType|\bdict\b|\bNone\b|\b[A-Z]?[a-z]+Error\b|Exception"
+    rb"|\b(?:python|uvicorn|httptools|h11|fastapi|starlette|pydantic|httpx|httpcore|orjson|boto\w*|sqlite\w*|asyncio|anyio)\b|"
     + re.escape(str(ROOT)).encode()
 )
 """Traces, paths, libraries and Python's type names."""
