@@ -71,6 +71,8 @@ class Telemetry:
     def __init__(self, settings: Settings, secrets: Iterable[str] = ()) -> None:
         formatter = JSONLines() if settings.on_lambda else Terminal()
         formatter.redact = Redactor(secrets)
+        if isinstance(formatter, JSONLines):
+            formatter.append_keys(service=logger.service)  # pyright: ignore[reportUnknownMemberType] untyped there
         logger.setLevel(settings.log_level.upper())
         for handler in logger.handlers:
             handler.setFormatter(formatter)

@@ -276,7 +276,7 @@ async def test_a_provider_that_tells_our_credentials_tells_them_to_nobody(
     assert len(records["data"]) == len(provider.seen) == 2 * len(parrots) + 1
     assert not provider.malformed
     hashes, rows, kept = in_database(tmp_path / "lightrail.db")
-    assert len(hashes) == 3  # of two keys, one of them rotated
+    assert len(hashes) == 4  # of three keys, one of them rotated
     assert len(rows) == len(provider.seen)
     ours = [*secrets.values(), *(each["key"].removeprefix(f"lr-{made['id']}") for each in (made, rotated))]
     never_kept = set[bytes]().union(*map(parts, ours))

@@ -26,9 +26,10 @@ from tests.upstream import Seen, Upstream
 CORPUS = ROOT.parent / "shared" / "hostile" / "requests.jsonl"
 OWN = Path(__file__).parent / "own.jsonl"
 BACKSTAGE = re.compile(
-    rb"Traceback|File \"|site-packages|\.py\b|/home/|/usr/|/tmp/|NoneType|\bdict\b|\bNone\b|\b[A-Z]?[a-z]+Error\b|Exception"
-    rb"|\b(?:python|uvicorn|httptools|h11|fastapi|starlette|pydantic|httpx|httpcore|orjson|boto\w*|sqlite\w*|asyncio|anyio)\b|"
-    + re.escape(str(ROOT)).encode()
+    rb"Traceback|File \"|site-packages|\.py\b|/home/|/usr/|/tmp/"
+    rb"|NoneType|\bdict\b|\bNone\b|\b[A-Z]?[a-z]+Error\b|Exception"
+    rb"|\b(?:python|uvicorn|httptools|h11|fastapi|starlette|pydantic|httpx|httpcore|orjson|asyncio|anyio)\b"
+    rb"|\b(?:boto|sqlite)\w*|" + re.escape(str(ROOT)).encode()
 )
 """Traces, paths, libraries and Python's type names."""
 TYPES = {
