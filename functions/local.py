@@ -114,7 +114,7 @@ def banner(services: Services, keys: dict[str, tuple[str, bool]], address: str) 
     for role, (key, new) in keys.items():
         where = FOLDER / f"{role}-key"
         shown, once = (key, "shown this once; ") if new else (f"{key[:6]}***", "")
-        lines.append(f"  {role} key   {shown}   ({once}kept in {where})")
+        lines.append(f"  {role + ' key':<11}{shown}   ({once}kept in {where})")
     if services.settings.lr_admin_key:
         lines.append("  admin key  LR_ADMIN_KEY; make user keys with POST /admin/keys")
     on = catalog.on()

@@ -72,7 +72,7 @@ def test_the_first_start_makes_and_shows_keys_and_the_next_ones_keep_them(tmp_pa
         admin_key, user_key = admin.read_text().strip(), user.read_text().strip()
         assert f"Lightrail serves on {server.url}" in log
         for role, key in (("admin", admin_key), ("user", user_key)):
-            assert f"{role} key   {key}   (shown this once; kept in .lightrail/{role}-key)" in log
+            assert f"{role + ' key':<11}{key}   (shown this once; kept in .lightrail/{role}-key)" in log
         assert log.count("\n  on   ") == 1
         assert "(demo/…)" in log
         assert "off  OpenAI: set OPENAI_API_KEY\n" in log
