@@ -9,7 +9,8 @@ DEPLOYERS := infra/node_modules/.bin
 AWS := AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check bench package synth deploy deploy-cdk secrets admin-key remove capacity prices locks clean
+.PHONY: help run test lint check bench prices locks clean
+.PHONY: package synth deploy deploy-cdk secrets admin-key remove capacity deployers
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,16 +37,17 @@ package: | $(VENV)/bin/python  ## dist/lightrail.zip: what Lambda runs
 
 synth: package deployers $(VENV)/.cdk  ## both deployers' templates, in dist/: no AWS account needed
 	@$(DEPLOYERS)/osls package --stage $(STAGE) --region $(REGION) --package dist/osls
-	@CDK_CONTEXT_JSON='{"stage": "$(STAGE)", "region": "$(REGION)"}' CDK_OUTDIR=dist/cdk $(BIN)/python infra/cdk_app.py
+	@CDK_CONTEXT_JSON='{"stage": "$(STAGE)"}' CDK_OUTDIR=dist/cdk $(BIN)/python infra/cdk_app.py
 	@echo "dist/osls/cloudformation-template-update-stack.json  dist/cdk/lightrail-$(STAGE).template.json"
 
 deploy: package deployers $(VENV)/.local  ## put a stage on AWS by Serverless: make deploy STAGE=dev REGION=us-east-1
-	@$(AWS) $(DEPLOYERS)/osls deploy --stage $(STAGE) --region $(REGION)
+	@$(DEPLOYERS)/osls package --stage $(STAGE) --region $(REGION) --package dist/osls
+	@$(AWS) $(DEPLOYERS)/osls deploy --stage $(STAGE) --region $(REGION) --package dist/osls
 	@$(AWS) $(BIN)/python infra/stage.py show $(STAGE)
 
 deploy-cdk: package deployers $(VENV)/.cdk  ## the same by the CDK; a stage belongs to the deployer that made it
 	@$(AWS) $(DEPLOYERS)/cdk deploy --app "$(BIN)/python infra/cdk_app.py" --output dist/cdk --no-notices \
-	  --require-approval never --context stage=$(STAGE) --context region=$(REGION) || { \
+	  --require-approval never --context stage=$(STAGE) || { \
 	  echo "Is the CDK new to this account in $(REGION)? $(DEPLOYERS)/cdk bootstrap aws://<account>/$(REGION)"; exit 1; }
 	@$(AWS) $(BIN)/python infra/stage.py show $(STAGE)
 
@@ -68,7 +70,8 @@ locks: $(VENV)/.dev  ## pin every dependency again, with hashes
 	@sh $(LOCKS)/relock.sh $(BIN)/uv
 
 clean:  ## remove what the other targets made; keys and database stay
-	rm -rf $(VENV) dist infra/node_modules tests/engines/node_modules tests/engines/.installed .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist infra/node_modules tests/engines/node_modules tests/engines/.installed
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -101,6 +104,5 @@ infra/node_modules/.installed: infra/package-lock.json
 	@if command -v npm >/dev/null; then echo "Installing the deployers ..."; \
 	  npm ci --prefix infra --silent --no-audit --no-fund && touch $@; fi
 
-.PHONY: deployers
 deployers: infra/node_modules/.installed
 	@test -e $< || { echo "Deploying needs Node.js 22 or newer with npm: https://nodejs.org"; exit 1; }

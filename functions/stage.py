@@ -82,7 +82,7 @@ class Stage:
             try:
                 self._clients[service] = make(service)
             except BotoCoreError as error:
-                raise StageError(f"AWS: {error} Set AWS_DEFAULT_REGION, or use make with REGION=….") from error
+                raise StageError(f"AWS: {error}") from error
         return self._clients[service]
 
     @property

@@ -1,0 +1,76 @@
+"""A stage on AWS, whichever deployer put it up: `show` says how to use it, `remove` takes it down (`make remove`)."""
+
+# ruff: noqa: T201 - its answer is what it prints
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3  # pyright: ignore[reportMissingTypeStubs] it has no types
+from botocore.exceptions import WaiterError  # pyright: ignore[reportMissingTypeStubs] it has no types
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
+
+from functions.stage import PEPPER, Stage, StageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python infra/stage.py", description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("verb", choices=("show", "remove"))
+    options.add_argument("name", help="such as dev")
+    options.add_argument("--everything", action="store_true", help="remove the table, too, with all keys and records")
+    given = options.parse_args(arguments)
+    stage = Stage(given.name)
+    try:
+        print(shown(stage) if given.verb == "show" else removed(stage, everything=given.everything))
+    except (StageError, WaiterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def shown(stage: Stage) -> str:
+    outputs, make = stage.outputs(), f"STAGE={stage.name} REGION={stage.region}"
+    lines = [f"{stage.stack} is up in {stage.region}.", f"  {outputs['BaseUrl']}   base URL for OpenAI clients"]
+    if stage.secrets().keys() <= {PEPPER}:
+        lines.append(f"  make secrets {make}   next: gives it the provider keys that .env has")
+    lines += [
+        f"  make admin-key {make}   makes an admin key, shown once",
+        "  To hear its alarms:",
+        f"    aws sns subscribe --topic-arn {outputs['AlarmTopicArn']} --protocol email --notification-endpoint …",
+    ]
+    return "\n".join(lines)
+
+
+def removed(stage: Stage, *, everything: bool) -> str:
+    table = stage.outputs()["TableName"]
+    take_down(stage)
+    if not everything:
+        return (
+            f"{stage.stack} is gone. Kept, and billed for storage alone: its table {table}, and the secrets under"
+            f" {stage.path}, without which its keys are void. A new deployment makes a new table.\n"
+            f"To delete the old one: aws dynamodb delete-table --table-name {table}"
+        )
+    stage.call("dynamodb", "delete_table", TableName=table)
+    names = stage.secrets()
+    for name in names:
+        stage.delete(name)
+    return f"{stage.stack} is gone, and so are its table and {len(names)} secrets."
+
+
+def take_down(stage: Stage) -> None:
+    """CloudFormation deletes no bucket with something in it: osls has one for its packages."""
+    s3: Any = boto3.resource  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    for page in stage.client("cloudformation").get_paginator("list_stack_resources").paginate(StackName=stage.stack):
+        for each in page["StackResourceSummaries"]:
+            if each["ResourceType"] == "AWS::S3::Bucket":
+                s3("s3").Bucket(each["PhysicalResourceId"]).object_versions.delete()
+    stage.call("cloudformation", "delete_stack", StackName=stage.stack)
+    stage.client("cloudformation").get_waiter("stack_delete_complete").wait(StackName=stage.stack)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The figures in CAPACITY.md are the script's, and the script's sizes are the store's."""
+
+from __future__ import annotations
+
+import boto3
+import pytest
+
+from infra import capacity
+from infra.capacity import Load
+from shared.store.dynamodb import item_of
+from tests.infra.conftest import App
+from tests.server import ROOT
+
+
+def test_the_document_has_the_scripts_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert capacity.main(["--table"]) == 0
+    assert capsys.readouterr().out in (ROOT / "infra/CAPACITY.md").read_text()
+
+
+def test_a_load_is_told_with_the_limits_it_is_above(capsys: pytest.CaptureFixture[str]) -> None:
+    assert capacity.main(["--rate", "50", "--seconds", "10", "--keys", "10"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert not [line for line in said if "this load is above" in line]
+    assert capacity.main(["--rate", "120", "--seconds", "10", "--keys", "10"]) == 0
+    above = [line for line in capsys.readouterr().out.splitlines() if "this load is above" in line]
+    assert len(above) == 2
+    assert "open calls of a key" in above[0] + above[1]
+    assert "environments" in above[0] + above[1]
+
+
+async def test_a_record_is_as_large_as_it_says(app: App) -> None:
+    answered = (await app.chat()).json()
+    key = {"pk": {"S": f"GEN#{answered['id']}"}, "sk": {"S": "GEN"}}
+    row = boto3.client("dynamodb").get_item(TableName="lightrail", Key=key)["Item"]
+    size = sum(len(name) + capacity.value_bytes(value) for name, value in row.items())
+    assert 0.75 < size / capacity.ROW_BYTES < 1.25
+    assert capacity.units(size) == capacity.units(capacity.ROW_BYTES)
+
+
+async def test_an_open_call_adds_to_its_key_what_it_says(app: App) -> None:
+    async def size() -> int:
+        key = await app.store.key(app.key.id)
+        assert key is not None
+        return sum(len(name) + capacity.value_bytes(value) for name, value in item_of(key).items())
+
+    before = await size()
+    await app.crashed("0" * len(capacity.time_ordered(0)))
+    windows = 3 * 20  # the three that an admission makes
+    assert 0 < await size() - before - (capacity.key_bytes(2) - capacity.key_bytes(1)) < windows
+
+
+def test_longer_calls_leave_a_key_fewer() -> None:
+    ceilings = [capacity.key_ceiling(seconds) for seconds in (0.1, 1, 10, 60, 600)]
+    assert ceilings == sorted(ceilings, reverse=True)
+    for seconds in (1, 10, 60):
+        most = capacity.key_ceiling(seconds)
+        assert most * Load(most, seconds).units <= 1000 < (most + 1) * Load(most + 1, seconds).units
+
+
+def test_nobody_calling_costs_storage_and_cents() -> None:
+    cost = capacity.idle(stored=0)
+    assert sum(cost.values()) < 0.10

@@ -1,0 +1,221 @@
+"""Both templates put up on moto, and used there from an administrator's terminal.
+
+moto stops short of AWS here: it makes no gateway responses, alarms, stages of an API or bucket policies from a
+template, and forgets its kind of endpoint, transfer mode, time limits of integrations, architecture, TTL and recovery.
+test_parity.py looks at those as they are written. Nothing runs there either: the package has two bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from functions import cli
+from functions.routes import MODEL_PATHS
+from infra import stage as stages
+from shared.keys import Keys
+from shared.store import open_store
+from shared.store.base import VirtualKey
+from shared.store.dynamodb import create_table_at
+from tests.infra.conftest import REGION, STAGE
+from tests.server import ROOT
+
+JSON = dict[str, Any]
+NOT_BY_MOTO = {
+    "AWS::ApiGateway::GatewayResponse",
+    "AWS::ApiGateway::Stage",
+    "AWS::CloudWatch::Alarm",
+    "AWS::S3::BucketPolicy",
+}
+PROVIDERS = {
+    "OPENAI_API_KEY": "sk-of-the-tests-7Hn2Kd8W",
+    "OLLAMA_BASE_URL": "http://127.0.0.1:11434/v1",
+    "STRIPE_API_KEY": "no business of ours",
+}
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An account with nothing in it, and an administrator whose `.env` has some keys."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TABLE_NAME", "DATABASE_URL", "LR_KEY_PEPPER", "AWS_PROFILE", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in PROVIDERS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    with mock_aws(config={"lambda": {"use_docker": False}}):
+        yield
+
+
+@pytest.fixture
+def deployed(aws: None, template: JSON, scratch: Path) -> JSON:
+    """The template, put up as its deployer does it: the package first."""
+    code = [each["Properties"]["Code"] for each in kind(template, "AWS::Lambda::Function").values()]
+    assert len({each["S3Key"] for each in code}) == 1
+    cloudformation, s3 = boto3.client("cloudformation"), boto3.client("s3")
+    name, capabilities = f"lightrail-{STAGE}", ["CAPABILITY_NAMED_IAM"]
+    if buckets := kind(template, "AWS::S3::Bucket"):  # osls: a stack of a bucket alone, then the rest around it
+        cloudformation.create_stack(StackName=name, TemplateBody=json.dumps({"Resources": buckets}))
+        (made,) = cloudformation.describe_stack_resources(StackName=name)["StackResources"]
+        bucket, put_up = made["PhysicalResourceId"], cloudformation.update_stack
+    else:  # the CDK: `cdk bootstrap` has made a bucket
+        boto3.client("ssm").put_parameter(Name="/cdk-bootstrap/hnb659fds/version", Value="30", Type="String")
+        bucket, put_up = f"cdk-hnb659fds-assets-123456789012-{REGION}", cloudformation.create_stack
+        s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket=bucket, Key=code[0]["S3Key"], Body=(scratch / "dist/lightrail.zip").read_bytes())
+    outputs = {key: {"Value": output["Value"]} for key, output in template["Outputs"].items()}
+    body = json.dumps(template | {"Outputs": outputs})  # moto stumbles over exports that come with an update
+    put_up(StackName=name, TemplateBody=body, Capabilities=capabilities)
+    return template
+
+
+def kind(template: JSON, wanted: str) -> JSON:
+    return {name: each for name, each in template["Resources"].items() if each["Type"] == wanted}
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What the command line answers for this stage."""
+    assert cli.main(["--stage", STAGE, *arguments]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse .* but it's not supported by moto")
+
+
+def test_everything_is_put_up(deployed: JSON) -> None:
+    cloudformation = boto3.client("cloudformation")
+    (stack,) = cloudformation.describe_stacks(StackName=f"lightrail-{STAGE}")["Stacks"]
+    assert stack["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE")
+    made = cloudformation.describe_stack_resources(StackName=f"lightrail-{STAGE}")["StackResources"]
+    left_out = deployed["Resources"].keys() - {each.get("LogicalResourceId") for each in made}
+    assert {deployed["Resources"][name]["Type"] for name in left_out} <= NOT_BY_MOTO
+
+    apis = boto3.client("apigateway")
+    (api,) = apis.get_rest_apis()["items"]
+    streaming = {
+        resource["path"]
+        for resource in apis.get_resources(restApiId=api["id"], limit=500)["items"]
+        for method in resource.get("resourceMethods", ())
+        if "/response-streaming-invocations"
+        in apis.get_integration(restApiId=api["id"], resourceId=resource["id"], httpMethod=method)["uri"]
+    }
+    assert streaming == {f"{root}{path}" for root in ("", "/v1") for path in MODEL_PATHS}
+
+    functions = {each["FunctionName"]: each for each in boto3.client("lambda").list_functions()["Functions"]}
+    assert functions.keys() == {f"lightrail-{STAGE}-{name}" for name in ("stream", "api", "sweep")}
+    outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
+    environment = functions[f"lightrail-{STAGE}-stream"]["Environment"]["Variables"]
+    assert (environment["TABLE_NAME"], environment["SECRETS_PATH"]) == (outputs["TableName"], f"/lightrail/{STAGE}")
+    assert outputs["BaseUrl"] == f"https://{api['id']}.execute-api.{REGION}.amazonaws.com/{STAGE}/v1"
+    (rule,) = boto3.client("events").list_rules()["Rules"]
+    assert rule["ScheduleExpression"] == "rate(10 minutes)"
+    logs = boto3.client("logs").describe_log_groups()["logGroups"]
+    assert {each["logGroupName"]: each["retentionInDays"] for each in logs} == {
+        f"/aws/lambda/{name}": 30 for name in functions
+    }
+
+
+def test_tests_and_laptops_have_the_same_table(deployed: JSON) -> None:
+    """`create_table_at`, which `make run`'s engines and the tests use, reads the deployers' file."""
+    assert create_table_at(f"dynamodb://local?region={REGION}", ROOT / "infra/resources.yml")
+    client = boto3.client("dynamodb")
+    ours, theirs = (client.describe_table(TableName=name)["Table"] for name in client.list_tables()["TableNames"])
+    for fact in ("AttributeDefinitions", "KeySchema", "BillingModeSummary"):
+        assert ours[fact] == theirs[fact]
+    indexes = [
+        {each["IndexName"]: (each["KeySchema"], each["Projection"]) for each in table["GlobalSecondaryIndexes"]}
+        for table in (ours, theirs)
+    ]
+    assert indexes[0] == indexes[1]
+
+
+def test_from_deployed_to_a_first_key_and_away(deployed: JSON, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stages.main(["show", STAGE]) == 0
+    said = capsys.readouterr().out
+    assert f"/{STAGE}/v1" in said
+    assert f"make secrets STAGE={STAGE}" in said
+
+    assert asked(capsys, "secrets", "push")["given"] == ["OPENAI_API_KEY"]
+    ssm = boto3.client("ssm")
+    given = ssm.get_parameters_by_path(Path=f"/lightrail/{STAGE}", WithDecryption=True)["Parameters"]
+    assert {each["Type"] for each in given} == {"SecureString"}
+    values = {each["Name"].rpartition("/")[2]: each["Value"] for each in given}
+    assert values.pop("OPENAI_API_KEY") == PROVIDERS["OPENAI_API_KEY"]
+    assert list(values) == ["LR_KEY_PEPPER"]
+
+    admin = asked(capsys, "keys", "create", "--name", "admin", "--role", "admin")
+    (table,) = boto3.client("dynamodb").list_tables()["TableNames"]
+    assert identified(table, values["LR_KEY_PEPPER"], admin["key"]).role == "admin"
+    assert [key["name"] for key in asked(capsys, "keys", "list")] == ["admin"]
+
+    assert asked(capsys, "secrets", "push")["secrets"] == ["LR_KEY_PEPPER", "OPENAI_API_KEY"]
+    assert (
+        ssm.get_parameter(Name=f"/lightrail/{STAGE}/LR_KEY_PEPPER", WithDecryption=True)["Parameter"]["Value"]
+        == (values["LR_KEY_PEPPER"])
+    ), "every key would have become void"
+
+    assert stages.main(["remove", STAGE]) == 0
+    assert table in capsys.readouterr().out
+    assert boto3.client("dynamodb").list_tables()["TableNames"] == [table]
+    assert boto3.client("lambda").list_functions()["Functions"] == []
+    assert identified(table, values["LR_KEY_PEPPER"], admin["key"]).name == "admin"
+
+
+def identified(table: str, pepper: str, key: str) -> VirtualKey:
+    async def ask() -> VirtualKey:
+        store = open_store("", table)
+        try:
+            keys = Keys(store, pepper, None)
+            return await keys.identify(keys.credential(f"Bearer {key}"))
+        finally:
+            await store.close()
+
+    return asyncio.run(ask())
+
+
+def test_everything_goes_where_asked(deployed: JSON, capsys: pytest.CaptureFixture[str]) -> None:
+    asked(capsys, "secrets", "push")
+    assert stages.main(["remove", STAGE, "--everything"]) == 0
+    assert boto3.client("dynamodb").list_tables()["TableNames"] == []
+    assert boto3.client("ssm").get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"] == []
+
+
+def test_one_secret_is_read_from_standard_input(
+    aws: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("gsk-of-the-tests\n"))
+    answer = asked(capsys, "secrets", "put", "GROQ_API_KEY")
+    assert answer == {"stage": STAGE, "given": ["GROQ_API_KEY"], "secrets": ["GROQ_API_KEY"]}
+    assert asked(capsys, "secrets", "delete", "GROQ_API_KEY")["secrets"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stage", STAGE, "keys", "list"], f"`make deploy STAGE={STAGE}` makes it"),
+        (["--stage", STAGE, "secrets", "put", "STRIPE_API_KEY"], "no provider asks for it"),
+        (["--stage", STAGE, "secrets", "delete", "LR_KEY_PEPPER"], "every virtual key depends on it"),
+        (["secrets", "list"], "--stage dev"),
+    ],
+)
+def test_a_slip_is_told(aws: None, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert cli.main(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_table_on_aws_never_gets_this_machines_pepper(
+    aws: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TABLE_NAME", "lightrail")
+    assert cli.main(["keys", "create", "--name", "ada"]) == 1
+    assert "LR_KEY_PEPPER" in capsys.readouterr().err
