@@ -21,24 +21,30 @@ class Handler:
     """One event loop for the life of the process, so that what is connected stays so."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)  # Mangum runs on the thread's own, and would make one where there is none
-        current = Current(environ)
-        app = assemble(current.settings, current)
-        handlers: list[Any] = [Rest, FunctionURL]  # which Mangum's protocol takes at run time, not in its types
-        self._mangum = Mangum(app, lifespan="off", custom_handlers=handlers)
+        self._current = Current(environ)
+        self._app = assemble(self._current.settings, self._current)
+        self._runner = asyncio.Runner()
+        self._mangum: Mangum | None = None
 
     def __call__(self, event: Any, context: Any) -> JSON:
         """Events of API Gateway's are answered in its shape; others, such as a schedule's, by nothing."""
         if not is_http(event):
             return {}
-        asyncio.set_event_loop(self._loop)
+        asyncio.set_event_loop(self._runner.get_loop())  # Mangum runs on the thread's own
+        if self._mangum is None:
+            handlers: list[Any] = [Rest, FunctionURL]  # they fit Mangum's protocol, though not its types
+            self._mangum = Mangum(self._app, lifespan="off", custom_handlers=handlers)
         try:
             return self._mangum(event, context)
         except InvalidRequest as refused:
             body = orjson.dumps(refused.body()).decode()
             headers = {"content-type": "application/json", "cache-control": "no-store"}
             return {"statusCode": refused.status, "headers": headers, "body": body, "isBase64Encoded": False}
+
+    def close(self) -> None:
+        """Lambda just ends; elsewhere, connections and the event loop do."""
+        self._runner.run(self._current.close())
+        self._runner.close()
 
 
 handler = Handler(os.environ)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import io
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from functions.stream import Handler
@@ -223,10 +222,11 @@ async def run(api: RuntimeAPI, environ: Mapping[str, str]) -> int:
     """Init, then restore where this environment becomes a snapshot, then events; returns only where that failed.
 
     One event loop for all, so that connections to providers stay warm."""
-    what, parallel = "init", int(environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)
+    what = "init"
     try:
         from functions.stream import prepared
 
+        parallel = int(environ.get("AWS_LAMBDA_MAX_CONCURRENCY") or 1)
         handler = prepared(api, environ, parallel)
         gc.enable()
         gc.freeze()  # all this is here to stay
@@ -244,5 +244,4 @@ async def run(api: RuntimeAPI, environ: Mapping[str, str]) -> int:
 
 def main() -> None:
     gc.disable()  # what imports make is no garbage, and to look for some takes a tenth of the start
-    cast("io.TextIOWrapper[Any]", sys.stdout).reconfigure(line_buffering=True)  # or metrics would be frozen in
     sys.exit(asyncio.run(run(RuntimeAPI(os.environ["AWS_LAMBDA_RUNTIME_API"]), os.environ)))

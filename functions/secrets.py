@@ -49,6 +49,11 @@ class Secrets:
             raise StoreUnavailable("The gateway's secrets cannot be read. Please try again.", headers=headers)
         return self._known
 
+    def doubt(self) -> None:
+        """They do not suffice: somebody may be putting in the rest at this moment."""
+        now = int(self._clock())
+        self._good = range(now, now + int(RETRY))
+
     def _fresh(self) -> bool:
         return int(self._clock()) in self._good  # and not where the clock was set back before it
 
@@ -110,11 +115,11 @@ class Current:
 
     Without a `SECRETS_PATH`, of the environment alone. Raises ValueError where the settings are wrong."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:
         self.settings = Settings.read(environ)
         self._environ = environ
         self._store = open_store(self.settings.database_url, self.settings.table_name)
-        self._secrets = Secrets(self.settings.secrets_path) if self.settings.secrets_path else None
+        self._secrets = Secrets(self.settings.secrets_path, clock) if self.settings.secrets_path else None
         self._made_of: Mapping[str, str] | None = None
         self._services: Services | None = None
         Telemetry(self.settings)  # the log's form, also for what comes before the services
@@ -131,6 +136,11 @@ class Current:
         if self._services:
             await self._services.upstream.close()
 
+    async def close(self) -> None:
+        if self._services:
+            await self._services.close()
+        await self._store.close()
+
     def _made(self, secrets: Mapping[str, str]) -> Services:
         """In-flight requests keep theirs; store and connections are taken over."""
         old = self._services
@@ -142,6 +152,8 @@ class Current:
             logger.error("secrets.insufficient", extra={"path": self.settings.secrets_path, "reason": str(wrong)})
             if old:
                 return old
+            if self._secrets:
+                self._secrets.doubt()
             raise StoreUnavailable("The gateway is not set up: a setting is missing or wrong.") from wrong
         if old is None:
             return new

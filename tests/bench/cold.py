@@ -1,0 +1,180 @@
+"""Cold starts, from exec to the first answer, in CPU time: this gateway beside `hello`, interleaved.
+
+`hello` is FastAPI's hello world behind Mangum with a boto3 client; `health` is the gateway's least answer, secrets
+read; `chat` is a whole stream: secrets from SSM, a key admitted in DynamoDB, a provider asked, all of them on loopback.
+
+    python -m tests.bench.cold [python]     # a table, and the figures as JSON
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+
+import psutil
+
+from shared.keys import Keys
+from shared.store import open_store
+from shared.store.base import VirtualKey
+from shared.store.dynamodb import create_table_at
+from tests.apigateway import rest_event
+from tests.runtime_api import RuntimeAPI
+from tests.server import PEPPER, PROVIDER_KEY, ROOT, free_port
+from tests.upstream import Upstream
+
+ENGINE = ROOT / "tests/engines/node_modules/@dynoxide/linux-x64/dynoxide"
+BAR = 1.6
+"""The most that a first answer may cost, in hello worlds."""
+TARGETS = ("hello", "health", "chat")
+
+Figures = dict[str, dict[str, list[float]]]
+"""`cpu_ms` and `wall_ms`, by target, one value a start."""
+
+
+def measure(starts: int = 7, python: str = sys.executable) -> Figures:
+    """After one start of each that does not count; with SQLite in DynamoDB's place where there is no engine.
+
+    `python` is the interpreter that is started, such as one with no more than the function's own packages."""
+    figures: Figures = {name: {target: [] for target in TARGETS} for name in ("cpu_ms", "wall_ms")}
+    with tempfile.TemporaryDirectory() as scratch, table(Path(scratch)) as (url, environ), parameters() as ssm:
+        environ |= {"AWS_ENDPOINT_URL_SSM": ssm, "SECRETS_PATH": "/lightrail/bench"}
+        asyncio.run(rounds(starts, python, url, environ, figures))
+    return figures
+
+
+async def rounds(starts: int, python: str, url: str, environ: dict[str, str], figures: Figures) -> None:
+    store = open_store(url, None)
+    _, key = await Keys(store, PEPPER).create(VirtualKey("", "", "bench", daily_budget=10**12))
+    await store.close()
+    async with Upstream(key=PROVIDER_KEY) as provider:
+        environ |= {"OPENAI_BASE_URL": provider.url}
+        for turn in range(starts + 1):
+            for target in TARGETS[:: -1 if turn % 2 else 1]:
+                cpu, wall = await one_start(target, python, key, environ)
+                if turn:
+                    figures["cpu_ms"][target].append(cpu * 1e3)
+                    figures["wall_ms"][target].append(wall * 1e3)
+
+
+async def one_start(target: str, python: str, key: str, environ: dict[str, str]) -> tuple[float, float]:
+    """CPU and wall seconds of a process from its exec until its first answer is whole."""
+    async with RuntimeAPI(whole=target == "hello") as api:
+        if target == "chat":
+            asked = {"model": "openai/gpt-4o-mini", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+            headers = [("Authorization", f"Bearer {key}"), ("Content-Type", "application/json"), ("Host", "gw")]
+            event = api.invoke(rest_event("POST", "/v1/chat/completions", headers, json.dumps(asked).encode()))
+        else:
+            event = api.invoke(rest_event("GET", "/health", [("Host", "gw")]))
+        variables = {**environ, "AWS_LAMBDA_RUNTIME_API": api.address}
+        began = time.perf_counter()
+        process = started(target, python, variables)
+        try:
+            async with asyncio.timeout(60):
+                await event.over.wait()
+            wall, spent = time.perf_counter() - began, psutil.Process(process.pid).cpu_times()
+        finally:
+            process.kill()
+            process.wait()
+    if api.violations or not (b'"ok"' in event.body or event.body.endswith(b"[DONE]\n\n") or b"200" in event.body):
+        raise RuntimeError(f"{target}: {api.violations} {event.error} {event.body!r}")
+    return spent.user + spent.system, wall
+
+
+def started(target: str, python: str, variables: dict[str, str]) -> Popen[bytes]:
+    bootstrap = [str(ROOT / "functions/bootstrap"), python, "/var/runtime/bootstrap.py"]
+    command = [python, "-m", "tests.bench.hello"] if target == "hello" else bootstrap
+    return Popen(command, env=variables, cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL)
+
+
+@contextmanager
+def table(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A table as a `DATABASE_URL`, and the environment in which a function finds it."""
+    environ = {
+        "PATH": os.environ["PATH"],
+        "LAMBDA_TASK_ROOT": str(ROOT),
+        "AWS_LAMBDA_FUNCTION_NAME": "lightrail-bench-stream",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+    }
+    if not ENGINE.exists():
+        url = f"sqlite:///{folder}/lightrail.db"
+        yield url, {**environ, "DATABASE_URL": url}
+        return
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    url = f"dynamodb://lightrail?region=us-east-1&endpoint={endpoint}"
+    os.environ.setdefault("AWS_ACCESS_KEY_ID", "any")
+    os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "any")
+    with Popen([ENGINE, "--port", str(port)], stdout=DEVNULL, stderr=DEVNULL) as engine:
+        try:
+            create_table_at(url, ROOT / "infra/resources.yml")
+            yield url, {**environ, "TABLE_NAME": "lightrail", "AWS_ENDPOINT_URL_DYNAMODB": endpoint}
+        finally:
+            engine.terminate()
+
+
+class Parameters(BaseHTTPRequestHandler):
+    """As much of SSM as a start needs; `asked` counts."""
+
+    protocol_version = "HTTP/1.1"
+    asked = 0
+
+    def do_POST(self) -> None:
+        Parameters.asked += 1
+        self.rfile.read(int(self.headers["content-length"]))
+        secrets = {"LR_KEY_PEPPER": PEPPER, "OPENAI_API_KEY": PROVIDER_KEY}
+        found = [{"Name": f"/lightrail/bench/{name}", "Value": value} for name, value in secrets.items()]
+        body = json.dumps({"Parameters": found}).encode()
+        known = self.headers["x-amz-target"] == "AmazonSSM.GetParametersByPath"
+        self.send_response(200 if known else 400)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 the library's name
+        pass
+
+
+@contextmanager
+def parameters() -> Iterator[str]:
+    Parameters.asked = 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Parameters) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def report(figures: Figures) -> str:
+    """One row a target; the ratio is of the least of each, for a busy machine only ever adds."""
+    lines = [f"{'exec to first answer':24}{'CPU ms':>24}{'wall ms':>24}{'CPU / hello':>16}", "-" * 88]
+    for target in TARGETS:
+        cells = [spread(figures[name][target]) for name in ("cpu_ms", "wall_ms")]
+        lines.append(f"{target:24}{cells[0]:>24}{cells[1]:>24}{ratio(figures, target):>16.2f}")
+    return "\n".join(lines)
+
+
+def ratio(figures: Figures, target: str) -> float:
+    return min(figures["cpu_ms"][target]) / min(figures["cpu_ms"]["hello"])
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f}..{max(values):.0f})"
+
+
+if __name__ == "__main__":
+    measured = measure(python=sys.argv[1] if sys.argv[1:] else sys.executable)
+    print(report(measured))
+    print(json.dumps(measured))
