@@ -29,7 +29,7 @@ lint: $(VENV)/.dev  ## format, lint, types, import layers
 
 check: lint test  ## all that CI checks
 
-bench: $(VENV)/.dev  ## this gateway beside the bare provider: CPU, added latency, start, memory
+bench: $(VENV)/.dev tests/engines/.installed package  ## beside the bare provider: CPU, added latency, starts, memory, size
 	@$(BIN)/python -m tests.bench
 
 package: | $(VENV)/bin/python  ## dist/lightrail.zip: what Lambda runs

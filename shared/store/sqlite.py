@@ -217,7 +217,7 @@ class SQLiteStore:
 
 def connect(path: str) -> sqlite3.Connection:
     """In WAL mode readers pass a writer; `synchronous` NORMAL then survives a killed process, not every power cut."""
-    db = sqlite3.connect(path, 0, isolation_level=None)
+    db = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")

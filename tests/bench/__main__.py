@@ -20,8 +20,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.bench import cold
 from tests.bench.load import Connection, Target, many
-from tests.server import PROVIDER_KEY, Server, gateway, serving
+from tests.server import PROVIDER_KEY, ROOT, Server, gateway, serving
+
+ZIP = ROOT / "dist/lightrail.zip"
 
 KEY = {"rpm": 10_000_000, "tpm": 10_000_000_000, "daily_budget_usd": 10_000, "models": ["openai/gpt-4o-mini"]}
 """Every limit is set, and none is reached."""
@@ -70,6 +73,13 @@ def main() -> None:
         f"\n{time.monotonic() - began:.0f} s, {requests_each(plan)} requests to each; median (min..max) of the rounds"
     )
     print(json.dumps({name: {who: summary(values) for who, values in row.items()} for name, row in figures.items()}))
+    if plan is FULL:
+        progress("cold starts on Lambda")
+        first_answers = cold.measure()
+        print(f"\n{cold.report(first_answers)}")
+        print(json.dumps(first_answers))
+        if ZIP.exists():
+            print(f"\n{ZIP.name}: {ZIP.stat().st_size / 1e6:.2f} MB")
 
 
 async def measured(plan: Plan) -> Figures:

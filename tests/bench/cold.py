@@ -1,4 +1,4 @@
-"""Cold starts, from exec to the first answer, in CPU time: this gateway beside `hello`, interleaved.
+"""Cold starts, from exec to the first answer, and warm calls after it, in CPU time: beside `hello`, interleaved.
 
 `hello` is FastAPI's hello world behind Mangum with a boto3 client; `health` is the gateway's least answer, secrets
 read; `chat` is a whole stream: secrets from SSM, a key admitted in DynamoDB, a provider asked, all of them on loopback.
@@ -38,15 +38,19 @@ BAR = 1.6
 """The most that a first answer may cost, in hello worlds."""
 TARGETS = ("hello", "health", "chat")
 
+WARM = 100
+"""Calls after the first one, over which a warm call is measured: CPU time comes in ticks of 10 ms."""
+
 Figures = dict[str, dict[str, list[float]]]
-"""`cpu_ms` and `wall_ms`, by target, one value a start."""
+"""`cpu_ms` and `wall_ms` of the first answer and `warm_ms` of CPU for each after it, by target, one value a start."""
+NAMES = ("cpu_ms", "wall_ms", "warm_ms")
 
 
 def measure(starts: int = 7, python: str = sys.executable) -> Figures:
     """After one start of each that does not count; with SQLite in DynamoDB's place where there is no engine.
 
     `python` is the interpreter that is started, such as one with no more than the function's own packages."""
-    figures: Figures = {name: {target: [] for target in TARGETS} for name in ("cpu_ms", "wall_ms")}
+    figures: Figures = {name: {target: [] for target in TARGETS} for name in NAMES}
     with tempfile.TemporaryDirectory() as scratch, table(Path(scratch)) as (url, environ), parameters() as ssm:
         environ |= {"AWS_ENDPOINT_URL_SSM": ssm, "SECRETS_PATH": "/lightrail/bench"}
         asyncio.run(rounds(starts, python, url, environ, figures))
@@ -61,34 +65,44 @@ async def rounds(starts: int, python: str, url: str, environ: dict[str, str], fi
         environ |= {"OPENAI_BASE_URL": provider.url}
         for turn in range(starts + 1):
             for target in TARGETS[:: -1 if turn % 2 else 1]:
-                cpu, wall = await one_start(target, python, key, environ)
-                if turn:
-                    figures["cpu_ms"][target].append(cpu * 1e3)
-                    figures["wall_ms"][target].append(wall * 1e3)
+                seconds = await one_start(target, python, key, environ)
+                for name, value in zip(NAMES, seconds, strict=True) if turn else ():
+                    figures[name][target].append(value * 1e3)
 
 
-async def one_start(target: str, python: str, key: str, environ: dict[str, str]) -> tuple[float, float]:
-    """CPU and wall seconds of a process from its exec until its first answer is whole."""
+async def one_start(target: str, python: str, key: str, environ: dict[str, str]) -> tuple[float, float, float]:
+    """CPU and wall seconds of a process from its exec until its first answer is whole; CPU of a warm one after it."""
     async with RuntimeAPI(whole=target == "hello") as api:
         if target == "chat":
             asked = {"model": "openai/gpt-4o-mini", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
             headers = [("Authorization", f"Bearer {key}"), ("Content-Type", "application/json"), ("Host", "gw")]
-            event = api.invoke(rest_event("POST", "/v1/chat/completions", headers, json.dumps(asked).encode()))
+            call = rest_event("POST", "/v1/chat/completions", headers, json.dumps(asked).encode())
         else:
-            event = api.invoke(rest_event("GET", "/health", [("Host", "gw")]))
+            call = rest_event("GET", "/health", [("Host", "gw")])
+        event = api.invoke(call)
         variables = {**environ, "AWS_LAMBDA_RUNTIME_API": api.address}
         began = time.perf_counter()
         process = started(target, python, variables)
         try:
             async with asyncio.timeout(60):
                 await event.over.wait()
-            wall, spent = time.perf_counter() - began, psutil.Process(process.pid).cpu_times()
+            wall, spent = time.perf_counter() - began, cpu(process)
+            for _ in range(WARM):
+                async with asyncio.timeout(60):
+                    await api.invoke(call).over.wait()
+            warm = (cpu(process) - spent) / WARM
         finally:
             process.kill()
             process.wait()
     if api.violations or not (b'"ok"' in event.body or event.body.endswith(b"[DONE]\n\n") or b"200" in event.body):
         raise RuntimeError(f"{target}: {api.violations} {event.error} {event.body!r}")
-    return spent.user + spent.system, wall
+    return spent, wall, warm
+
+
+def cpu(process: Popen[bytes]) -> float:
+    """User and system seconds until now."""
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
 
 
 def started(target: str, python: str, variables: dict[str, str]) -> Popen[bytes]:
@@ -159,10 +173,14 @@ def parameters() -> Iterator[str]:
 
 def report(figures: Figures) -> str:
     """One row a target; the ratio is of the least of each, for a busy machine only ever adds."""
-    lines = [f"{'exec to first answer':24}{'CPU ms':>24}{'wall ms':>24}{'CPU / hello':>16}", "-" * 88]
+    titles = f"{'CPU ms':>20}{'CPU / hello':>14}{'wall ms':>20}{'CPU ms a warm call':>24}"
+    head = f"{'on Lambda: exec to first answer':32}{titles}"
+    lines = [head, "-" * len(head)]
     for target in TARGETS:
-        cells = [spread(figures[name][target]) for name in ("cpu_ms", "wall_ms")]
-        lines.append(f"{target:24}{cells[0]:>24}{cells[1]:>24}{ratio(figures, target):>16.2f}")
+        first, wall, warm = (
+            spread(figures[name][target], digits) for name, digits in zip(NAMES, (0, 0, 2), strict=True)
+        )
+        lines.append(f"{target:32}{first:>20}{ratio(figures, target):>14.2f}{wall:>20}{warm:>24}")
     return "\n".join(lines)
 
 
@@ -170,8 +188,8 @@ def ratio(figures: Figures, target: str) -> float:
     return min(figures["cpu_ms"][target]) / min(figures["cpu_ms"]["hello"])
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f}..{max(values):.0f})"
+def spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
 if __name__ == "__main__":
