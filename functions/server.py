@@ -55,7 +55,7 @@ class Wire(HttpToolsProtocol):
         body = orjson.dumps(InvalidRequest(msg).body())
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            f"cache-control: no-store\r\nx-request-id: req-{time_ordered(time.time())}\r\n"
+            f"cache-control: no-store\r\nserver-timing: gateway;dur=0\r\nx-request-id: req-{time_ordered(time.time())}\r\n"
             f"content-length: {len(body)}\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
