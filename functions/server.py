@@ -54,9 +54,9 @@ class Wire(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         body = orjson.dumps(InvalidRequest(msg).body())
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            f"cache-control: no-store\r\nserver-timing: gateway;dur=0\r\nx-request-id: req-{time_ordered(time.time())}\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncache-control: no-store\r\n"
+            f"server-timing: gateway;dur=0\r\nx-request-id: req-{time_ordered(time.time())}\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
