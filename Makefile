@@ -32,8 +32,10 @@ check: lint test  ## all that CI checks
 bench: $(VENV)/.dev tests/engines/.installed package  ## beside the bare provider: CPU, added latency, starts, memory, size
 	@$(BIN)/python -m tests.bench
 
-package: | $(VENV)/bin/python  ## dist/lightrail.zip: what Lambda runs
-	@$(BIN)/python infra/package.py
+package:  ## dist/lightrail.zip: what Lambda runs; by python3.13 or uv
+	@if python3.13 -c '' 2>/dev/null; then python3.13 infra/package.py; \
+	  elif command -v uv >/dev/null; then uv run --no-project --python 3.13 infra/package.py; \
+	  else $(PYTHON) infra/package.py; fi
 
 synth: package deployers $(VENV)/.cdk  ## both deployers' templates, in dist/: no AWS account needed
 	@$(DEPLOYERS)/osls package --stage $(STAGE) --region $(REGION) --package dist/osls

@@ -1,4 +1,6 @@
-"""Lambda, whole answers: the same app, by Mangum. `handler` is what the managed runtime calls."""
+"""Lambda, whole answers: the same app, by Mangum. `handler` is what the managed runtime calls.
+
+Model routes are not here, however their paths are spelt: Mangum can neither stream nor end before the platform does."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Handler:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._current = Current(environ)
-        self._app = assemble(self._current.settings, self._current)
+        self._app = assemble(self._current.settings, self._current, asks_models=False)
         self._runner = asyncio.Runner()
         self._mangum: Mangum | None = None
 

@@ -58,7 +58,11 @@ def create_app(settings: Settings, store: Store | None = None, *, demo: bool = F
 
 
 def assemble(
-    settings: Settings, offer: Offer, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None
+    settings: Settings,
+    offer: Offer,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    *,
+    asks_models: bool = True,
 ) -> FastAPI:
     """The app around services that need not be there yet: each request asks `offer` for them."""
     app = FastAPI(
@@ -81,7 +85,7 @@ def assemble(
     app.add_exception_handler(GatewayError, refuse)
     app.add_exception_handler(HTTPException, unrouted)
     app.include_router(health.router)
-    for module in (answers, models, generation, key):
+    for module in (*((answers,) if asks_models else ()), models, generation, key):
         app.include_router(module.router, prefix="/v1")
         app.include_router(module.router, include_in_schema=False)
     app.include_router(keys.router)

@@ -43,7 +43,7 @@ class Rest(APIGateway):
                 ]
         except WRONG as wrong:
             raise malformed("not a REST request") from wrong
-        return scope
+        return checked(scope)
 
 
 class FunctionURL(HTTPGateway):
@@ -58,7 +58,7 @@ class FunctionURL(HTTPGateway):
     @property
     def scope(self) -> Scope:
         try:
-            return super().scope
+            return checked(super().scope)
         except WRONG as wrong:
             raise malformed("not a function URL's request") from wrong
 
@@ -74,6 +74,12 @@ def read(data: bytes) -> tuple[Scope, bytes] | None:
     kind = FunctionURL if FunctionURL.infer(event, None, CONFIG) else Rest
     request: Any = kind(event, None, CONFIG)  # pyright: ignore[reportArgumentType] the context is only passed on
     return request.scope, request.body
+
+
+def checked(scope: Scope) -> Scope:
+    if not (isinstance(scope["method"], str) and isinstance(scope["path"], str)):
+        raise malformed("its method or path is no text")
+    return scope
 
 
 def is_http(event: Any) -> bool:

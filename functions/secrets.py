@@ -22,6 +22,8 @@ TTL = 300.0
 """Seconds after which a changed secret is effective."""
 RETRY = 5.0
 """Seconds between two tries to read them when they cannot be."""
+PATIENCE = 30.0
+"""The same while the last good ones serve: each try may cost one caller seconds."""
 NONE: Mapping[str, str] = {}
 
 
@@ -40,7 +42,8 @@ class Secrets:
 
     async def current(self) -> Mapping[str, str]:
         """By name; the same object until one of them has changed. Raises StoreUnavailable where none was ever read."""
-        if not self._fresh():
+        waiting = self._known is None or not self._asking.locked()  # those who have some need not wait for new ones
+        if waiting and not self._fresh():
             async with self._asking:
                 if not self._fresh():
                     await self._ask()
@@ -58,20 +61,16 @@ class Secrets:
         return int(self._clock()) in self._good  # and not where the clock was set back before it
 
     async def _ask(self) -> None:
-        from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs] it has no types
-            BotoCoreError,
-            ClientError,
-        )
-
-        now, lasts = int(self._clock()), TTL
+        lasts = TTL
         try:
             found = await asyncio.to_thread(self._fetch)
-        except (BotoCoreError, ClientError) as trouble:
-            logger.error("secrets.unreadable", extra={"path": self._path, "reason": str(trouble)})
-            lasts = RETRY
+        except Exception as trouble:  # noqa: BLE001 whatever SSM does, the last good value is served
+            logger.error("secrets.unreadable", extra={"path": self._path, "reason": type(trouble).__name__})
+            lasts = RETRY if self._known is None else PATIENCE
         else:
             if found != self._known:
                 self._known = found
+        now = int(self._clock())  # the call itself may have taken seconds
         self._good = range(now, now + int(lasts))
 
     def _fetch(self) -> dict[str, str]:

@@ -90,20 +90,18 @@ class Run:
 
     async def _look(self, key: VirtualKey) -> None:
         await books.roll_up(self.store, key.id, self.now, self.days)
-        difference = await self._difference(key.id)
+        read = await self.store.key(key.id)
+        if read is None:
+            return
+        difference = await books.check(self.store, read, self.now, self.days)
         if difference:
             await asyncio.sleep(LAG)
-            difference = await self._difference(key.id)
+            difference = await books.check(self.store, read, self.now, self.days)
         if difference:
             self.differing += 1
             logger.error("books.differ", extra={"key": key.id, "spent_beyond_rows_usd": difference / 10**9})
         else:
             self.memory.looked[key.id] = self.now, None if difference is None else key.requests
-
-    async def _difference(self, key_id: str) -> int | None:
-        """In nano-dollars; None while requests are running."""
-        key = await self.store.key(key_id)
-        return await books.check(self.store, key, self.now, self.days) if key else None
 
 
 MEMORY = Memory()

@@ -46,19 +46,26 @@ def shown(stage: Stage) -> str:
 
 
 def removed(stage: Stage, *, everything: bool) -> str:
-    table = stage.outputs()["TableName"]
-    take_down(stage)
+    try:
+        table = stage.outputs()["TableName"]
+    except StageError:
+        if not everything:
+            raise
+        table = None  # an earlier removal took the stack, and said how to delete the table that it kept
+    else:
+        take_down(stage)
     if not everything:
         return (
             f"{stage.stack} is gone. Kept, and billed for storage alone: its table {table}, and the secrets under"
             f" {stage.path}, without which its keys are void. A new deployment makes a new table.\n"
             f"To delete the old one: aws dynamodb delete-table --table-name {table}"
         )
-    stage.call("dynamodb", "delete_table", TableName=table)
+    if table:
+        stage.call("dynamodb", "delete_table", TableName=table)
     names = stage.secrets()
     for name in names:
         stage.delete(name)
-    return f"{stage.stack} is gone, and so are its table and {len(names)} secrets."
+    return f"{stage.stack} is gone, and so are {'its table and ' if table else ''}{len(names)} secrets."
 
 
 def take_down(stage: Stage) -> None:

@@ -156,3 +156,16 @@ def test_a_body_as_large_as_events_may_be_is_a_413(ask: Ask):
 def test_settings_that_are_wrong_fail_the_start(environ: dict[str, str]):
     with pytest.raises(ValueError, match="DATABASE_URL must be"):
         Handler({**environ, "DATABASE_URL": "mongodb://nowhere"})
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat%2Fcompletions", "/embeddings"])
+def test_no_spelling_of_a_model_route_is_answered_here(handler: Handler, key: str, path: str):
+    headers = [("Authorization", f"Bearer {key}"), ("Content-Type", "application/json"), ("Host", "gw")]
+    told = handler(rest_event("POST", path, headers, b'{"model": "openai/gpt-4o-mini", "messages": []}'), None)
+    assert told["statusCode"] == 404
+    assert json.loads(told["body"])["error"]["code"] == "unknown_url"
+
+
+def test_a_method_that_is_no_text_is_a_bad_request(handler: Handler):
+    told = handler({**rest_event("GET", "/health", [("Host", "gw")]), "httpMethod": {"a": 1}}, None)
+    assert told["statusCode"] == 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from moto import mock_aws
 
 from functions.app import assemble
-from functions.secrets import RETRY, TTL, Current, Secrets
+from functions.secrets import PATIENCE, RETRY, TTL, Current, Secrets
 from shared.errors import StoreUnavailable
 from shared.keys import Keys
 from shared.store import open_store
@@ -132,8 +133,37 @@ async def test_the_last_good_ones_are_kept_while_none_can_be_read(ssm: Parameter
     assert len(ssm.calls) == 2
     ssm.down = False
     ssm.put(OPENAI_API_KEY="sk-changed-changed")
-    clock.now += RETRY
+    clock.now += PATIENCE
     assert (await secrets.current())["OPENAI_API_KEY"] == "sk-changed-changed"
+
+
+async def test_an_answer_that_makes_no_sense_does_not_lose_the_last_good_ones(
+    ssm: ParameterStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    ssm.put(**PRESENT)
+    secrets = Secrets(PATH, clock)
+    await secrets.current()
+    monkeypatch.setattr(secrets, "_fetch", lambda: {}["Parameters"])
+    clock.now += TTL
+    assert await secrets.current() == PRESENT
+
+
+async def test_who_has_secrets_does_not_wait_for_new_ones(
+    ssm: ParameterStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    ssm.put(**PRESENT)
+    secrets = Secrets(PATH, clock)
+    await secrets.current()
+    clock.now += TTL
+    hanging = threading.Event()
+    monkeypatch.setattr(secrets, "_fetch", lambda: hanging.wait(5) and PRESENT)
+    first = asyncio.ensure_future(secrets.current())
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(1):
+        assert await secrets.current() == PRESENT
+    assert not first.done()
+    hanging.set()
+    assert await first == PRESENT
 
 
 async def test_while_there_never_were_any_it_is_a_503(ssm: ParameterStore, clock: Clock):

@@ -243,7 +243,8 @@ async def test_a_whole_answer_is_a_504_before_the_platform_cuts_it(cloud: Cloud,
     assert event.prelude["statusCode"] == 504
     assert json.loads(event.body)["error"]["code"] == "upstream_timeout"
     await cloud.idle()
-    assert await cloud.spent() >= 0
+    row = await cloud.row(event)
+    assert (row.doc["status"], row.doc["error"]["code"], row.cost) == ("failed", "upstream_timeout", 0)
 
 
 async def test_a_caller_who_does_not_read_does_not_keep_an_answer_from_its_record(cloud: Cloud, provider: Upstream):

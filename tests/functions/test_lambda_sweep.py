@@ -124,13 +124,14 @@ def test_books_that_are_wrong_are_a_metric_and_a_log_line(
     assert (record.__dict__["key"], record.__dict__["spent_beyond_rows_usd"]) == (key().id, 2.0)
 
 
-def test_a_key_in_use_is_not_said_to_differ(store: SQLiteStore):
+@pytest.mark.parametrize(("spent", "differing"), [(0, 0), (9, 1)])
+def test_a_key_in_use_is_checked_too(store: SQLiteStore, spent: int, differing: int):
     async def open_one() -> None:
-        await store.add_key(replace(key(), spent=9))
+        await store.add_key(replace(key(), spent=spent))
         await admitted(store, key(), NOW)
 
     asyncio.run(open_one())
-    assert sweep.handler({}, Context())["differing"] == 0
+    assert sweep.handler({}, Context())["differing"] == differing
 
 
 async def test_a_run_that_is_out_of_time_is_gone_on_with_by_the_next(store: SQLiteStore):
