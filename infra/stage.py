@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def shown(stage: Stage) -> str:
     outputs, make = stage.outputs(), f"STAGE={stage.name} REGION={stage.region}"
+    stage.pepper()  # without one the stage answers nothing, not even /health
     lines = [f"{stage.stack} is up in {stage.region}.", f"  {outputs['BaseUrl']}   base URL for OpenAI clients"]
     if stage.secrets().keys() <= {PEPPER}:
         lines.append(f"  make secrets {make}   next: gives it the provider keys that .env has")

@@ -144,6 +144,7 @@ def test_from_deployed_to_a_first_key_and_away(deployed: JSON, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert f"/{STAGE}/v1" in said
     assert f"make secrets STAGE={STAGE}" in said
+    assert boto3.client("ssm").get_parameter(Name=f"/lightrail/{STAGE}/LR_KEY_PEPPER"), "the stage answers from now on"
 
     assert asked(capsys, "secrets", "push")["given"] == ["OPENAI_API_KEY"]
     ssm = boto3.client("ssm")
@@ -169,6 +170,8 @@ def test_from_deployed_to_a_first_key_and_away(deployed: JSON, capsys: pytest.Ca
     assert boto3.client("dynamodb").list_tables()["TableNames"] == [table]
     assert boto3.client("lambda").list_functions()["Functions"] == []
     assert identified(table, values["LR_KEY_PEPPER"], admin["key"]).name == "admin"
+    assert stages.main(["remove", STAGE, "--everything"]) == 0, "what the first removal kept goes with the second"
+    assert ssm.get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"] == []
 
 
 def identified(table: str, pepper: str, key: str) -> VirtualKey:
