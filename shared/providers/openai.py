@@ -134,7 +134,7 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, set[str
     drops = row.dropped(to.model)
     if through_chat:
         drops.add("logprobs")  # chat's have another shape
-    dropped = {name for name in drops if given.get(name) is not None}
+    dropped = {name for name in drops | UNHEEDED.difference(row.keeps) if given.get(name) is not None}
     if dropped and given.get("strict"):
         raise _unsupported(to, param := min(dropped), f"does not support '{param}'")
     body: JSON = dict(row.defaults) if call.surface != "embeddings" else {}
@@ -152,6 +152,8 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, set[str
     return body, dropped
 
 
+UNHEEDED = frozenset({"provider", "cache"})
+"""Extensions that the gateway itself does not act on: only a provider that knows them gets them."""
 _STORED = frozenset({"store"})  # in a session it means our own history
 _NONE = frozenset[str]()
 

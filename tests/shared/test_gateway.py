@@ -271,6 +271,9 @@ async def test_what_a_deployment_cannot_do_is_refused_by_name_or_routed_around(k
 async def test_a_dropped_parameter_is_reported(kit: Kit) -> None:
     outcome = await kit.ask(await key_of(kit), ask("groq/llama-3.3-70b-versatile", logit_bias={"1": 1}))
     assert outcome.chunks[0]["lightrail"]["dropped"] == ["logit_bias"]
+    preferring = await kit.ask(await key_of(kit), ask(provider={"sort": "price"}, cache={"mode": "on"}))
+    assert preferring.chunks[0]["lightrail"]["dropped"] == ["cache", "provider"]
+    assert b'"sort"' not in kit.requests.pop().content
     assert b"logit_bias" not in kit.requests[-1].content
     with pytest.raises(UnsupportedParameter):
         await kit.ask(await key_of(kit), ask("groq/llama-3.3-70b-versatile", logit_bias={"1": 1}, strict=True))

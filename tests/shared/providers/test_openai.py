@@ -73,7 +73,7 @@ def test_the_callers_body_is_copied_without_our_extensions() -> None:
         "provider": {"sort": "price"},
         "cache": {},
         "session_id": "s",
-        "strict": True,
+        "strict": False,
         "store": True,
     }
     call = ask(**ours, temperature=0.5, top_k=7, seed=None)
