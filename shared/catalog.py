@@ -113,10 +113,6 @@ class Catalog:
             raise self._unknown(name)
         return self._routes.setdefault(name, route)
 
-    def defaults(self) -> tuple[Deployment, ...]:
-        """Each provider's default model, by priority: the members of `/generate`, round robin and `auto`."""
-        return tuple(self._deployment(row, row.default_model) for row in self._on if row.default_model)
-
     def listing(self, name: str) -> Listing:
         """One name that can be asked for, listed or not; an alias also while it is off. Raises as `resolve`."""
         if entries := self._aliases.get(name):

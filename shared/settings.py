@@ -1,10 +1,8 @@
-"""What the environment says, read once and checked; nothing else looks at `os.environ`."""
+"""What the environment says, read once, by each door, and checked: nothing behind the doors looks at `os.environ`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from functools import cache
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,8 +54,3 @@ class Settings(BaseModel):
 
 
 PROVIDER_SUFFIXES = ("_API_KEY", "_BASE_URL")
-
-
-@cache
-def settings() -> Settings:
-    return Settings.read(os.environ)
