@@ -22,7 +22,9 @@ PLAIN_ID = re.compile(r"(?!.*(?:\.\.|//|/\.))[A-Za-z0-9@][A-Za-z0-9._:@/+-]{0,19
 """A model id, never a path, a query or an escape; ids with slashes are common (`accounts/fireworks/models/x`)."""
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
-ECHOED = ("annotations", "refusal", "audio", "reasoning_details", "cache_control", "prompt_cache_breakpoint")
+ECHOED = (
+    "annotations", "refusal", "audio", "reasoning_details", "cache_control", "prompt_cache_breakpoint", "extra_content",
+)  # fmt: skip
 """Fields of messages that clients echo back, or write for one provider, and that most others refuse."""
 
 
@@ -50,10 +52,10 @@ class Provider(Row):
 
     name: str
     title: str = ""  # as people are shown it
-    dialect: str = "openai"
+    dialect: Literal["openai", "anthropic", "gemini", "bedrock", "cohere"] = "openai"
     base_url: str = ""  # the API root, without a slash at the end
     root_path: str = ""  # what a base URL that names only a host lacks
-    auth: Literal["bearer", "api-key"] = "bearer"  # the header that carries the key
+    auth: Literal["bearer", "api-key", "x-api-key", "x-goog-api-key"] = "bearer"  # the header that carries the key
     api_key: SecretStr | None = Field(default=None, repr=False)  # from the environment only
     requires: tuple[Literal["api_key", "base_url"], ...] = ("api_key",)  # the variables that switch it on
     enabled: bool | None = None  # false: off; true: on without its variables
@@ -92,6 +94,14 @@ class Provider(Row):
 
     reasoning_on_top: bool = False  # reasoning tokens are not counted in `completion_tokens`
     cost: ReportedCost | None = None
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """The header that carries our key; none where there is no key."""
+        if self.api_key is None:
+            return {}
+        key = self.api_key.get_secret_value()
+        return {"authorization": f"Bearer {key}"} if self.auth == "bearer" else {self.auth: key}
 
     def first_content_for(self, model: str, settings: Settings) -> float:
         """Seconds that a stream of this model may take to its first content."""

@@ -353,7 +353,7 @@ class Call:
         if self.surface == "completions":
             return found | {name for name in ("suffix", "echo") if body.get(name)}
         if self.surface == "embeddings":
-            return found
+            return {"dimensions"} if body.get("dimensions") else found
         found |= {name for name in ("tools", "functions", "audio") if body.get(name)}
         if (body.get("modalities") or ["text"]) != ["text"]:
             found.add("modalities")

@@ -6,6 +6,8 @@ import asyncio
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import cache
+from importlib import import_module
 from math import inf
 from typing import Any, cast
 
@@ -15,9 +17,8 @@ import orjson
 from shared import sse
 from shared.catalog import Deployment
 from shared.errors import ProviderError
-from shared.providers.dialect import Dialect, Outgoing, Piece, Translate
+from shared.providers.dialect import END, Dialect, Outgoing, Piece
 from shared.providers.echo import EchoTransport
-from shared.providers.openai import OpenAIDialect
 from shared.schema import JSON, Call, too_deep
 from shared.settings import Settings
 from shared.telemetry import REDACTED
@@ -37,7 +38,6 @@ MAX_BAD_EVENTS = 3
 MAX_DEPTH = 200
 
 HEADERS = {"user-agent": "lightrail", "accept": "*/*", "accept-encoding": "identity"}
-DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect()}
 CONTENT = ("content", "reasoning_content", "tool_calls", "refusal", "function_call", "audio")
 
 
@@ -95,7 +95,7 @@ class Upstream:
             if response.headers.get("content-type", "").startswith("application/json"):
                 yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
                 return
-            reader, held, begun = _Reader(dialect_of(to).stream(call, to), call.choices), list[Piece](), False
+            reader, held, begun = _Reader(call, to), list[Piece](), False
             gap = to.provider.gap_timeout or self._settings.gap_timeout
             async for data in _decoded(response):
                 if reader.done:
@@ -179,7 +179,13 @@ class Timer:
 
 
 def dialect_of(to: Deployment) -> Dialect:
-    return DIALECTS[to.provider.dialect]
+    return _dialect(to.provider.dialect)
+
+
+@cache
+def _dialect(name: str) -> Dialect:
+    """Imported when first asked for: a cold start pays for the dialects that it speaks."""
+    return import_module(f"shared.providers.{name}").DIALECT
 
 
 def has_content(piece: Piece) -> bool:
@@ -194,12 +200,13 @@ def has_content(piece: Piece) -> bool:
 class _Reader:
     """The bytes of one stream to pieces; drops what is no event, but not many of them, and not at the end."""
 
-    def __init__(self, translate: Translate, choices: int) -> None:
-        self._decoder = sse.Decoder()
-        self._translate = translate
+    def __init__(self, call: Call, to: Deployment) -> None:
+        dialect = dialect_of(to)
+        self._decoder = dialect.decoder()
+        self._translate = dialect.stream(call, to)
         self._bad = 0
         self.done = False
-        self._unfinished = choices
+        self._unfinished = call.choices
 
     def feed(self, data: bytes) -> list[Piece]:
         pieces: list[Piece] = []
@@ -215,6 +222,10 @@ class _Reader:
                 continue
             self._bad = 0
             pieces += self._translate(name, event)
+            if pieces and pieces[-1] is END:
+                pieces.pop()
+                self.done = True
+                break
         for body, _ in pieces:
             for choice in body.get("choices", ()):
                 self._unfinished -= bool(choice.get("finish_reason"))

@@ -6,7 +6,7 @@ of data (providers.toml), a new dialect is one file beside this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from shared.catalog import Deployment
@@ -15,12 +15,15 @@ from shared.schema import JSON, Call, Usage
 
 
 class Outgoing(NamedTuple):
-    """A request to a provider. `dropped` names the caller's parameters that it cannot take."""
+    """A request to a provider. `dropped` names the caller's parameters that it cannot take.
+
+    `region`: the AWS region for which the sender signs it, with the process's own role."""
 
     url: str
     headers: Mapping[str, str]
     content: bytes
     dropped: tuple[str, ...] = ()
+    region: str | None = None
 
 
 class Piece(NamedTuple):
@@ -36,7 +39,18 @@ class Piece(NamedTuple):
 Translate: TypeAlias = Callable[[str | None, JSON], list[Piece]]
 """One event of a stream (its SSE `event` name, its data) to the chunks it means; keeps the state of its one stream.
 
-Raises ProviderError where the event is an error."""
+Raises ProviderError where the event is an error. `END` as its last piece says that the answer is complete, as OpenAI's
+`[DONE]` does."""
+
+END = Piece({})
+
+
+class Decoder(Protocol):
+    """The framing of a stream: bytes in, events (name, data) out, whatever the cuts."""
+
+    def feed(self, piece: bytes, /) -> Sequence[tuple[str | None, bytes]]:
+        """The events that this piece completes; raises `sse.TooLong` or ProviderError."""
+        ...
 
 
 class Dialect(Protocol):
@@ -52,6 +66,10 @@ class Dialect(Protocol):
 
     def stream(self, call: Call, to: Deployment) -> Translate:
         """A fresh translator for one stream."""
+        ...
+
+    def decoder(self) -> Decoder:
+        """A fresh reader of the stream's framing."""
         ...
 
     def failure(self, status: int, headers: Mapping[str, str], content: bytes) -> ProviderError:

@@ -14,15 +14,16 @@ import orjson
 
 from shared.catalog import Deployment
 from shared.config import Provider
-from shared.errors import ProviderError, UnsupportedParameter
+from shared.errors import ProviderError
 from shared.providers import answers, refusals
 from shared.providers.dialect import Outgoing, Piece, Translate
-from shared.schema import JSON, OURS, Call
+from shared.providers.parameters import ours, refuse, told, unsupported
+from shared.schema import JSON, Call
+from shared.sse import Decoder
 
 INPUTS = {"completions": "prompt", "embeddings": "input"}
 PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
-PARAMETERS = {"json_object": "response_format", "json_schema": "response_format"}
-"""Which parameter a feature is, where it has another name; what is no parameter is a part of a message."""
+JSON_BODY = {"content-type": "application/json"}
 REASONING = ("reasoning_content", "reasoning")
 CACHE_POINTS = ("cache_control", "prompt_cache_breakpoint")
 """What `strips` takes from the parts of a message, too: Anthropic's, and OpenAI's own."""
@@ -48,7 +49,7 @@ class OpenAIDialect:
         if isinstance(choice := body.get("tool_choice"), str):
             body["tool_choice"] = row.tool_choice.get(choice, choice)
         path = PATHS["chat" if through_chat else call.surface]
-        return Outgoing(row.base_url + path, _headers(row), orjson.dumps(body), tuple(sorted(dropped)))
+        return Outgoing(row.base_url + path, {**JSON_BODY, **row.credentials}, orjson.dumps(body), dropped)
 
     def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
         try:
@@ -77,8 +78,14 @@ class OpenAIDialect:
 
         return guarded
 
+    def decoder(self) -> Decoder:
+        return Decoder()
+
     def failure(self, status: int, headers: Mapping[str, str], content: bytes) -> ProviderError:
         return refusals.failure(status, headers, content)
+
+
+DIALECT = OpenAIDialect()
 
 
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
@@ -96,50 +103,35 @@ def _through_chat(call: Call, to: Deployment) -> bool:
 def _refuse(call: Call, to: Deployment, through_chat: bool) -> None:
     """Raise UnsupportedParameter for what would change the meaning if it were left out."""
     row, body = to.provider, call.body
-    features = call.features | (
-        {"dimensions"} if call.surface == "embeddings" and body.get("dimensions") else set[str]()
-    )
-    lacking = features.intersection(row.refuses)
     if call.surface == "embeddings" and not row.has("embeddings", to.model):
-        raise _unsupported(to, "model", "makes no embeddings")
-    if through_chat:
-        lacking |= {name for name in ("suffix", "echo") if body.get(name)}
-        if (body.get("best_of") or 1) > (body.get("n") or 1):
-            lacking.add("best_of")
+        raise unsupported(to, "model", "makes no embeddings")
     if name := INPUTS.get(call.surface):
         _refuse_input(to, name, body[name], through_chat)
-    if lacking:
-        feature = min(lacking)
-        param = PARAMETERS.get(feature) or (feature if feature in body else "messages")
-        raise _unsupported(to, param, f"does not support '{feature}'")
+    lacking = {name for name in ("suffix", "echo") if through_chat and body.get(name)}
+    if through_chat and (body.get("best_of") or 1) > (body.get("n") or 1):
+        lacking.add("best_of")
+    refuse(call, to, lacking)
 
 
 def _refuse_input(to: Deployment, name: str, given: str | list[Any] | None, through_chat: bool) -> None:
     if not isinstance(given, list):
         return
     if not isinstance(given[0], str) and (through_chat or not to.provider.token_ids):
-        raise _unsupported(to, name, "takes text, not token ids")
+        raise unsupported(to, name, "takes text, not token ids")
     if through_chat and len(given) != 1:
-        raise _unsupported(to, name, "takes one prompt at a time")
+        raise unsupported(to, name, "takes one prompt at a time")
 
 
-def _unsupported(to: Deployment, param: str, lacks: str) -> UnsupportedParameter:
-    return UnsupportedParameter(f"The model '{to.id}' {lacks}.", param=param)
-
-
-def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, set[str]]:
+def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, tuple[str, ...]]:
     """The caller's parameters under the provider's names, without ours and without nulls; and what was dropped."""
     row, given = to.provider, call.body
-    ours = OURS.difference(row.keeps) | (_STORED if given.get("session_id") else _NONE)
-    drops = row.dropped(to.model)
+    own, drops = ours(call, to), row.dropped(to.model)
     if through_chat:
         drops.add("logprobs")  # chat's have another shape
     dropped = {name for name in drops | UNHEEDED.difference(row.keeps) if given.get(name) is not None}
-    if dropped and given.get("strict"):
-        raise _unsupported(to, param := min(dropped), f"does not support '{param}'")
     body: JSON = dict(row.defaults) if call.surface != "embeddings" else {}
     for name, value in given.items():
-        if value is not None and name not in ours and name not in drops:
+        if value is not None and name not in own and name not in drops:
             body[row.renames.get(name, name)] = value
     body["model"] = to.model
     if not row.base64:
@@ -149,13 +141,11 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, set[str
         body["messages"] = [{"role": "user", "content": prompt if isinstance(prompt, str) else prompt[0]}]
         for name in ("best_of", "echo", "suffix"):
             body.pop(name, None)
-    return body, dropped
+    return body, told(sorted(dropped), call, to)
 
 
 UNHEEDED = frozenset({"provider", "cache"})
 """Extensions that the gateway itself does not act on: only a provider that knows them gets them."""
-_STORED = frozenset({"store"})  # in a session it means our own history
-_NONE = frozenset[str]()
 
 
 def _limit_output(body: JSON, row: Provider, bound: int | None, *, chat: bool) -> None:
@@ -174,14 +164,6 @@ def _ask_for_usage(body: JSON, row: Provider) -> None:
         body["stream_options"] = options
 
 
-def _headers(row: Provider) -> dict[str, str]:
-    headers = {"content-type": "application/json"}
-    if row.api_key is not None:
-        key = row.api_key.get_secret_value()
-        headers |= {"api-key": key} if row.auth == "api-key" else {"authorization": f"Bearer {key}"}
-    return headers
-
-
 def _message(message: JSON, row: Provider) -> JSON:
     """Clients echo an assistant's message back whole: nulls, empty lists, annotations, reasoning and all."""
     sent: JSON = {
@@ -197,6 +179,10 @@ def _message(message: JSON, row: Provider) -> JSON:
         del sent["tool_calls"]
     if sent["role"] == "developer" and not row.developer:
         sent["role"] = "system"
+    if "extra_content" in row.strips and any("extra_content" in call for call in sent.get("tool_calls") or ()):
+        sent["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "extra_content"} for call in sent["tool_calls"]
+        ]
     if length := row.tool_id_length:
         if calls := sent.get("tool_calls"):
             sent["tool_calls"] = [{**call, "id": _short_id(call["id"], length)} for call in calls]
