@@ -21,7 +21,7 @@ async def answer(surface: Surface, request: Request, caller: Credential, service
     told: JSON = request.state.told
     raw = await body(request, services.settings)
     try:
-        plan = services.gateway.plan(parse(surface, raw))
+        plan = await services.gateway.plan(parse(surface, raw))
     except (InvalidRequest, NotFound, NoProvider):
         await services.keys.identify(caller)  # a bad key is told 401, whatever else is wrong
         raise

@@ -67,13 +67,14 @@ def answer_headers(exchange: Exchange, *, known: bool = True) -> dict[str, str]:
     """OpenAI's six `x-ratelimit-*`, and, once that is known, who answered and how often was asked."""
     headers = {
         "x-request-id": exchange.id,
-        "x-lightrail-cache": "off",
+        "x-lightrail-cache": exchange.cache,
         **limits.rate_headers(exchange.key, exchange.hold.start),
     }
     if known:
+        provider, model = exchange.answered_by
         headers |= {
-            "x-lightrail-provider": exchange.deployment.provider.name,
-            "x-lightrail-model": exchange.deployment.model,
+            "x-lightrail-provider": provider,
+            "x-lightrail-model": model,
             "x-lightrail-attempts": str(len(exchange.attempts)),
         }
         if exchange.dropped:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from shared.assembly import assembled
+from shared.cache import Kept
 from shared.errors import GatewayError
 from shared.exchange import Exchange, now
 from shared.providers.dialect import Piece
 from shared.schema import JSON, Usage
 from shared.tokens import Meter
 
+OF_THE_ANSWER = frozenset({"id", "object", "created", "model", "usage", "lightrail"})
+"""Fields of a body that say which answer it is, not what it says."""
 TEXTS = ("content", "reasoning_content", "refusal")
+STOP = ("stop", None)
 
 
 class Answer:
@@ -27,6 +33,8 @@ class Answer:
         self.length = 0
         self.started = False
         self.ended = False
+        self._said: list[JSON] | None = [] if exchange.remembers else None
+        self._body: JSON | None = None
         self._tells_usage = exchange.call.include_usage
         self._due = exchange.call.choices
         self._all = False
@@ -69,6 +77,8 @@ class Answer:
                 body.pop("usage", None)
                 body |= self._head
                 body["choices"] = choices
+                if self._said is not None:
+                    self._said.append({"choices": choices})
                 if self._tells_usage:
                     body["usage"] = None
                 chunks.append(body)
@@ -81,8 +91,8 @@ class Answer:
         """Count a streamed choice, keep its finish reason back; False when nothing is left to show."""
         index: int = choice.setdefault("index", 0)
         reason, native = choice.get("finish_reason"), choice.pop("native_finish_reason", None)
-        if reason:
-            self._finish.setdefault(index, (reason, native))
+        if reason and self._finish.get(index, STOP)[0] == "stop":  # which older Geminis say with every chunk
+            self._finish[index] = (reason, native)
         choice["finish_reason"] = None
         first = index not in self._seen
         self._seen.add(index)
@@ -127,7 +137,6 @@ class Answer:
     def ending(self) -> list[JSON]:
         """The finish reasons, and, with the last chunk, usage, cost and who answered."""
         self.ended = True
-        self._exchange.answered()
         chunks = [
             {**self._head, "choices": [{"index": index, **self._empty, "logprobs": None, "finish_reason": reason}]}
             for index, (reason, _) in sorted(self._finish.items())
@@ -138,6 +147,29 @@ class Answer:
             chunks.append({**self._head, "choices": []})
         chunks[-1] |= {"usage": self._exchange.wire_usage(), "lightrail": self._exchange.lightrail()}
         return chunks
+
+    @property
+    def message(self) -> JSON:
+        """What was said until now, in the first choice; needs `exchange.remembers`."""
+        body = self._body or assembled(self._said or ())
+        choices: list[JSON] = body.get("choices") or [{}]
+        return choices[0].get("message") or {}
+
+    def kept(self) -> Kept | None:
+        """What the cache may keep of a whole answer: nothing that this key's money cut short."""
+        exchange = self._exchange
+        if exchange.call.max_tokens is None and exchange.key.has_money_limit and self.finish_reason == "length":
+            return None
+        provider, model = exchange.answered_by
+        usage = replace(exchange.usage, cost=None)
+        if self._body is not None:
+            body = {name: value for name, value in self._body.items() if name not in OF_THE_ANSWER}
+            return Kept(provider, model, usage, body=body)
+        finish = [
+            {"index": index, **self._empty, "finish_reason": reason}
+            for index, (reason, _) in sorted(self._finish.items())
+        ]
+        return Kept(provider, model, usage, chunks=[*(self._said or ()), {"choices": finish}])
 
     def error(self, error: GatewayError) -> JSON:
         """The error event that ends a stream instead."""
@@ -155,6 +187,8 @@ class Answer:
             exchange.call.surface, "list"
         )
         body |= {"usage": exchange.wire_usage(), "lightrail": exchange.lightrail()}
+        if self._said is not None:
+            self._body = body
         return body
 
     def _fill(self, index: int, choice: JSON) -> None:

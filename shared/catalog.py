@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from shared import config
 from shared.config import NO_FACTS, PLAIN_ID, ConfigError, Entry, GatewayFile, Provider, Rates
@@ -17,7 +17,7 @@ from shared.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One model at one provider. `price` is None where nobody knows it."""
+    """One model at one provider. `price` is None where nobody knows it; `declared`: the deployer listed what it can."""
 
     provider: Provider
     model: str
@@ -25,29 +25,48 @@ class Deployment:
     context_window: int | None = None
     max_output: int | None = None
     capabilities: tuple[str, ...] = ()
+    declared: bool = False
     weight: int = 1
     priority: int = 0
+    enabled: bool = True
 
     @property
     def id(self) -> str:
         return f"{self.provider.name}/{self.model}"
 
 
+Strategy: TypeAlias = Literal["priority", "price", "latency", "throughput", "local", "remote", "round_robin"]
+AUTO: Mapping[str, Strategy] = {
+    "auto": "priority", "auto:price": "price", "auto:latency": "latency", "auto:local": "local",
+    "auto:remote": "remote", "auto:round-robin": "round_robin",
+}  # fmt: skip
+"""The routes over all that the key may use, and how each is put in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a name means: the deployments that may answer, in order. `named`: the caller chose this one deployment."""
+    """What a name means: the deployments that may answer, and how they are put in order.
+
+    `automatic`: all that there are, of which the request's surface picks; its turns go round the providers."""
 
     asked: str
     deployments: tuple[Deployment, ...]
-    named: bool = False
+    strategy: Strategy = "priority"
+    automatic: bool = False
 
 
 class Listing(NamedTuple):
-    """A name that `/v1/models` shows. `backends` also names what is off now; `deployments` is what can answer."""
+    """A name that `/v1/models` shows. `backends` also names what is off now; `deployments` is what can answer.
+
+    Of an automatic route the backends are the providers' default models only: the rest would be everything."""
 
     id: str
     deployments: tuple[Deployment, ...]
     backends: tuple[str, ...]
+
+    @property
+    def automatic(self) -> bool:
+        return self.id in AUTO
 
     @property
     def active(self) -> bool:
@@ -57,7 +76,14 @@ class Listing(NamedTuple):
 class Catalog:
     """Everything is looked up in dicts made once; nothing here does I/O but `load`."""
 
-    def __init__(self, providers: Iterable[Provider], prices: PriceTable, file: GatewayFile | None = None) -> None:
+    def __init__(
+        self,
+        providers: Iterable[Provider],
+        prices: PriceTable,
+        file: GatewayFile | None = None,
+        members: Sequence[str] = (),
+    ) -> None:
+        """`members`: who takes turns in `/rr-chat/stream`, as `provider/model`; else all defaults do."""
         file = file or GatewayFile()
         self.providers = {row.name: row for row in sorted(providers, key=lambda row: row.priority)}
         self._on = tuple(row for row in self.providers.values() if not row.missing)
@@ -69,6 +95,7 @@ class Catalog:
         for section, keys in (("prices", own), ("models", file.models)):
             for key in keys:
                 self._split(key, f"{section}.{key}")
+        self._members = members
         self._aliases = {name: self._entries(name, entries) for name, entries in file.aliases.items()}
         self._serving = self._index()
         self._routes: dict[str, Route] = {}  # aliases and listed names only, so that callers cannot make it grow
@@ -82,7 +109,7 @@ class Catalog:
         rows, file = config.read(path)
         rows = [config.with_account(row, settings, on=row.name in also) for row in rows]
         with config.in_file(path):
-            return cls(rows, prices, file)
+            return cls(rows, prices, file, settings.round_robin_members)
 
     def on(self) -> tuple[Provider, ...]:
         """The providers that can be asked, by priority."""
@@ -102,16 +129,35 @@ class Catalog:
         head, slash, model = name.partition("/")
         if name in self._aliases:
             route = Route(name, tuple(self._alias(name)))
+        elif name in AUTO:
+            route = Route(name, self._everything(), AUTO[name], automatic=True)
         elif slash and (row := self.providers.get(head.lower())):
-            route = Route(name, (self._named(row, model),), named=True)
+            route = Route(name, (self._named(row, model),))
             if name != route.deployments[0].id or all(row is not other for other in self._serving.get(model, ())):
                 return route
         else:
             rows = self._serving.get(name, ())
-            route = Route(name, tuple(self._deployment(row, name) for row in rows if not row.missing))
+            found = (self._deployment(row, name) for row in rows if not row.missing)
+            route = Route(name, tuple(replace(to, priority=to.priority or to.provider.priority) for to in found))
         if not route.deployments:
             raise self._unknown(name)
         return self._routes.setdefault(name, route)
+
+    def is_route(self, name: str) -> bool:
+        """Whether the name is one of a set that callers cannot make grow."""
+        return name in self._aliases or name in AUTO
+
+    def defaults(self) -> tuple[Deployment, ...]:
+        """The default model of each provider that is on, by priority of the providers."""
+        return tuple(self._deployment(row, row.default_model) for row in self._on if row.default_model)
+
+    def taking_turns(self) -> Route:
+        """Who answers `/rr-chat/stream`, each in turn; raises NoProvider, or ModelNotFound for a wrong member."""
+        if not self._members:
+            return replace(self.resolve("auto:round-robin"), deployments=self.defaults() or self._everything())
+        return Route(
+            "auto:round-robin", tuple(self.resolve(name).deployments[0] for name in self._members), "round_robin"
+        )
 
     def listing(self, name: str) -> Listing:
         """One name that can be asked for, listed or not; an alias also while it is off. Raises as `resolve`."""
@@ -119,16 +165,25 @@ class Catalog:
             backends = tuple(f"{entry.provider}/{entry.model}" for entry in entries)
             return Listing(name, tuple(self._alias(name)), backends)
         deployments = self.resolve(name).deployments
-        return Listing(name, deployments, tuple(to.id for to in deployments))
+        return Listing(name, deployments, tuple(to.id for to in (self.defaults() if name in AUTO else deployments)))
 
     def models(self) -> list[Listing]:
-        """Aliases, then all models known of the providers that are on, as `provider/model`."""
-        listings = [self.listing(name) for name in self._aliases]
+        """Aliases, the automatic routes, then all models known of the providers that are on, as `provider/model`."""
+        listings = [self.listing(name) for name in (*self._aliases, *(AUTO if self._on else ()))]
+        return listings + [Listing(to.id, (to,), (to.id,)) for to in self._known()]
+
+    def _known(self) -> list[Deployment]:
         found = [
             self._deployment(row, model) for model, rows in self._serving.items() for row in rows if not row.missing
         ]
-        found.sort(key=lambda to: (to.provider.priority, to.id))
-        return listings + [Listing(to.id, (to,), (to.id,)) for to in found]
+        return sorted(found, key=lambda to: (to.provider.priority, to.id))
+
+    def _everything(self) -> tuple[Deployment, ...]:
+        """All that can be asked, the providers' default models first; `priority` is the place in the list."""
+        defaults = self.defaults()
+        ids = {to.id for to in defaults}
+        found = (*defaults, *(to for to in self._known() if to.id not in ids))
+        return tuple(replace(to, priority=to.priority or place) for place, to in enumerate(found, 1))
 
     def _named(self, row: Provider, model: str) -> Deployment:
         if row.missing:
@@ -197,8 +252,11 @@ class Catalog:
             model,
             price=self._price(row, model),
             context_window=facts.context_window or (self._table.context(row.prices, model) if row.prices else None),
-            max_output=facts.max_output,
+            max_output=facts.max_output or row.most_output(model),
             capabilities=facts.capabilities or _capabilities(row, model),
+            declared=bool(facts.capabilities),
+            priority=facts.priority,
+            enabled=facts.enabled,
         )
 
     def _price(self, row: Provider, model: str) -> Price | None:
@@ -218,8 +276,11 @@ def _capabilities(row: Provider, model: str) -> tuple[str, ...]:
     """What can be told without asking: from the row, and from the name of an embedding model."""
     if "embed" in model.lower() and row.has("embeddings", model):
         return ("embeddings",)
+    native = row.has("completions", model)
+    if native and "*" not in row.completions:  # OpenAI's older models: no chat
+        return ("completions", "streaming")
     more = [name for name, there in (("tools", "tools" not in row.refuses), ("local", row.local)) if there]
-    return ("chat", "streaming", *(["completions"] if row.has("completions", model) else []), *more)
+    return ("chat", "streaming", *(["completions"] if native else []), *more)
 
 
 def _price(name: str, rates: Rates) -> Price:

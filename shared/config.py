@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -45,6 +45,11 @@ class ReportedCost(Row):
     per_usd: int = Field(default=1, gt=0)
 
 
+Thinking: TypeAlias = Literal["never", "budget", "adaptive", "disabled", "between_tools", "always"]
+"""Never; with a budget of tokens; as much as it likes (adaptive): where that is on by itself, the word that ends it, or
+`always` where none does."""
+
+
 class Provider(Row):
     """A company's endpoint, our account there, and everything in which its wire differs from OpenAI's.
 
@@ -77,12 +82,14 @@ class Provider(Row):
     token_ids: bool = False  # whether prompts and inputs may be token ids
 
     output_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # the name that chat takes
+    max_output: Mapping[str, int] = {}  # tokens that its models can make at most; the first that fits
     stream_options: bool = True  # whether it must, and may, be asked for usage in streams
     obfuscation: bool = False  # whether it pads streamed chunks unless told not to
     renames: Mapping[str, str] = {}  # parameters under another name
     drops: tuple[str, ...] = ()  # tuning parameters that it refuses: left out, and the caller is told
     drops_by_model: Mapping[str, tuple[str, ...]] = {}
     refuses: tuple[str, ...] = ()  # features that it lacks and that change what the answer means
+    refuses_by_model: Mapping[str, tuple[str, ...]] = {}
     tool_choice: Mapping[str, str] = {}  # its own words
     defaults: Mapping[str, Any] = {}  # sent unless the caller says otherwise
     keeps: tuple[str, ...] = ()  # extensions of ours that are also its own
@@ -94,6 +101,11 @@ class Provider(Row):
 
     reasoning_on_top: bool = False  # reasoning tokens are not counted in `completion_tokens`
     cost: ReportedCost | None = None
+
+    thinking: Mapping[str, Thinking] = {}  # how Claude models are asked to think, and told not to; the first that fits
+    thinking_levels: Mapping[str, tuple[str, ...]] = {}  # words for effort that the models know, weakest first
+    thinking_budgets: Mapping[str, tuple[int, int]] = {}  # tokens to think with, least and most; 0: thinking may be off
+    signed_calls: tuple[str, ...] = ()  # models that refuse a call in the history without its signature
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -122,6 +134,21 @@ class Provider(Row):
             if fnmatchcase(model, pattern):
                 found.update(names)
         return found
+
+    def refused(self, model: str) -> set[str]:
+        """The features that this model lacks."""
+        by_model = (names for pattern, names in self.refuses_by_model.items() if fnmatchcase(model, pattern))
+        return set(self.refuses).union(*by_model)
+
+    def most_output(self, model: str) -> int | None:
+        return next((most for pattern, most in self.max_output.items() if fnmatchcase(model, pattern)), None)
+
+    def thinks(self, model: str) -> Thinking:
+        """A model that nobody has told of is taken for a new one."""
+        for pattern, how in self.thinking.items():
+            if fnmatchcase(model, pattern):
+                return how
+        return "always"
 
     def variable(self, what: str) -> str:
         """`GROQ_API_KEY`."""
@@ -162,6 +189,8 @@ class Facts(Row):
     context_window: int | None = Field(default=None, gt=0)
     max_output: int | None = Field(default=None, gt=0)
     capabilities: tuple[str, ...] = ()
+    priority: int = 0  # where several may answer, the lowest comes first; 0: as its provider
+    enabled: bool = True
 
 
 NO_FACTS = Facts()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 
 class GatewayError(Exception):
@@ -171,13 +171,18 @@ class ProviderError(Exception):
         self.ambiguous = ambiguous
 
     @property
+    def retries(self) -> Again:
+        """Whether the same deployment may be asked again, before any other is."""
+        return FAULTS[self.fault].retries
+
+    @property
     def falls_back(self) -> bool:
         """Whether the next deployment may be asked: no, where it would be refused for the same reason."""
-        return FAULTS[self.fault][0]
+        return FAULTS[self.fault].falls_back
 
     def answer(self) -> GatewayError:
         """What the caller is told when this was the last attempt."""
-        kind = FAULTS[self.fault][1]
+        kind = FAULTS[self.fault].answer
         if kind is RateLimited:
             return RateLimited(self.message, retry_after=max(1, min(60, round(self.retry_after or 1))))
         if issubclass(kind, InvalidRequest):
@@ -185,31 +190,47 @@ class ProviderError(Exception):
         return kind(self.message)
 
 
-FAULTS: dict[str, tuple[bool, type[GatewayError]]] = {
-    # fault: (may the next deployment be asked, what the caller sees if none is left)
-    "connect": (True, UpstreamUnavailable),
-    "connect_timeout": (True, UpstreamTimeout),
-    "pool_timeout": (True, Overloaded),
-    "closed_before_headers": (True, UpstreamUnavailable),
-    "disconnected": (True, UpstreamUnavailable),
-    "first_content_timeout": (True, UpstreamTimeout),
-    "gap_timeout": (True, UpstreamTimeout),
-    "total_timeout": (False, UpstreamTimeout),
-    "protocol": (True, UpstreamProtocolError),
-    "redirect": (True, UpstreamProtocolError),
-    "content_type": (True, UpstreamProtocolError),
-    "decode": (True, UpstreamProtocolError),
-    "empty": (True, UpstreamProtocolError),
-    "too_large": (False, UpstreamProtocolError),
-    "bad_request": (False, InvalidRequest),
-    "body_too_large": (False, BodyTooLarge),
-    "context": (True, ContextLengthExceeded),
-    "policy": (False, ContentPolicyViolation),
-    "auth": (True, UpstreamAuthError),
-    "money": (True, UpstreamAuthError),
-    "model_gone": (True, ModelNotFound),
-    "rate_limit": (True, RateLimited),
-    "overloaded": (True, Overloaded),
-    "server": (True, UpstreamError),
-    "error_in_200": (True, UpstreamError),
+Again = Literal["no", "once", "wait"]
+"""`once`: after a moment; `wait`: once, after the `retry_after` that the provider named, should it be short."""
+
+
+class Fault(NamedTuple):
+    """Whether the same deployment may be asked again, whether the next may, and what the caller sees if none is left.
+
+    A second try is for what certainly did no work, and for an error that a server calls its own."""
+
+    retries: Again
+    falls_back: bool
+    answer: type[GatewayError]
+
+
+FAULTS = {
+    "connect": Fault("once", True, UpstreamUnavailable),
+    "dns": Fault("no", True, UpstreamUnavailable),
+    "tls": Fault("no", True, UpstreamUnavailable),
+    "connect_timeout": Fault("no", True, UpstreamTimeout),
+    "pool_timeout": Fault("no", True, Overloaded),
+    "closed_before_headers": Fault("no", True, UpstreamUnavailable),
+    "disconnected": Fault("no", True, UpstreamUnavailable),
+    "first_content_timeout": Fault("no", True, UpstreamTimeout),
+    "gap_timeout": Fault("no", True, UpstreamTimeout),
+    "total_timeout": Fault("no", False, UpstreamTimeout),
+    "protocol": Fault("no", True, UpstreamProtocolError),
+    "redirect": Fault("no", True, UpstreamProtocolError),
+    "content_type": Fault("no", True, UpstreamProtocolError),
+    "decode": Fault("no", True, UpstreamProtocolError),
+    "empty": Fault("no", True, UpstreamProtocolError),
+    "too_large": Fault("no", False, UpstreamProtocolError),
+    "bad_request": Fault("no", False, InvalidRequest),
+    "body_too_large": Fault("no", False, BodyTooLarge),
+    "context": Fault("no", True, ContextLengthExceeded),
+    "policy": Fault("no", False, ContentPolicyViolation),
+    "auth": Fault("no", True, UpstreamAuthError),
+    "money": Fault("no", True, UpstreamAuthError),
+    "model_gone": Fault("no", True, ModelNotFound),
+    "rate_limit": Fault("wait", True, RateLimited),
+    "overloaded": Fault("wait", True, Overloaded),
+    "not_now": Fault("once", True, Overloaded),
+    "server": Fault("once", True, UpstreamError),
+    "error_in_200": Fault("once", True, UpstreamError),
 }

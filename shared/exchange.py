@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shared import generations
+from shared.cache import Kept, Lookup
 from shared.catalog import Deployment
 from shared.errors import GatewayError, ProviderError
 from shared.limits import GRACE
 from shared.prices import Cost
 from shared.providers.dialect import Outgoing
+from shared.router import Ranked, Removal
 from shared.schema import JSON, Call, Usage
 from shared.store.base import Generation, Hold, VirtualKey
 from shared.tokens import Prompt
@@ -54,8 +56,34 @@ class Attempt:
         }
 
 
+class Routing(NamedTuple):
+    """How the route was made: who was put in which order by which strategy, and who was taken away."""
+
+    strategy: str
+    ranked: Sequence[Ranked]
+    removed: Sequence[Removal]
+
+    def told(self) -> JSON:
+        """For the record, and for `POST /v1/route`; of long lists the beginning."""
+        return {
+            "strategy": self.strategy,
+            "candidates": [
+                {"deployment": each.candidate.to.id, "score": each.score} for each in self.ranked[:MOST_TOLD]
+            ],
+            "removed": [
+                {"deployment": each.candidate.to.id, "filter": each.filter, "reason": each.why}
+                for each in self.removed[:MOST_TOLD]
+            ],
+        }
+
+
+MOST_TOLD = 20
+
+
 class Exchange:
     """`estimate`: the prompt's likely size; `output`: the reserved answer's, in tokens; `created`: the wall clock.
+
+    `waiting`: who was not asked yet. `outgoing`: what is sent next, or was sent last.
 
     `committed`: the caller has a status already, so an error must be an event. `enough_until`: the length of the
     answer, in characters, to which the hold is known to suffice."""
@@ -76,6 +104,7 @@ class Exchange:
         self.key = key
         self.call = call
         self.candidates = candidates
+        self.waiting = list(candidates)
         self.hold = hold
         self.prompt = prompt
         self.estimate = estimate
@@ -84,6 +113,9 @@ class Exchange:
         self.began = now()
         self.deadline = self.began + hold.ttl - GRACE
         self.outgoing: Outgoing | None = None
+        self.routing: Routing | None = None
+        self.lookup: Lookup | None = None
+        self.kept: Kept | None = None
         self.attempts: list[Attempt] = []
         self.dropped: tuple[str, ...] = ()
         self.answer: Answer | None = None
@@ -112,6 +144,28 @@ class Exchange:
         return generations.PREFIX + self.request_id
 
     @property
+    def cache(self) -> Literal["hit", "miss", "off"]:
+        return "hit" if self.kept else "miss" if self.lookup else "off"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the answer is needed once more when it is out."""
+        return self.lookup is not None or bool(self.call.body.get("tools")) or self.keeps_history
+
+    @property
+    def keeps_history(self) -> bool:
+        return bool(self.call.body.get("session_id") and self.call.body.get("store"))
+
+    def may_have_come_from(self, deployment: str) -> bool:
+        return self.routing is None or any(each.candidate.to.id == deployment for each in self.routing.ranked)
+
+    @property
+    def answered_by(self) -> tuple[str, str]:
+        """Provider and model; of a kept answer, whose it was."""
+        made = self.kept
+        return (made.provider, made.model) if made else (self.deployment.provider.name, self.deployment.model)
+
+    @property
     def deployment(self) -> Deployment:
         """Who answers, or was asked last, or would have been asked first."""
         return self.attempts[-1].to if self.attempts else self.candidates[0]
@@ -127,9 +181,10 @@ class Exchange:
         spent = sum(attempt.seconds for attempt in self.attempts) + sum(running)
         return min(spent, self.first_content - self.began) if self.first_content else spent
 
-    def attempt(self, attempt: Attempt, dropped: tuple[str, ...]) -> None:
+    def attempt(self, attempt: Attempt, outgoing: Outgoing) -> None:
         self.attempts.append(attempt)
-        self.dropped = dropped
+        self.outgoing = outgoing
+        self.dropped = outgoing.dropped
 
     def failed(self, error: ProviderError) -> None:
         self.attempts[-1].end(error)
@@ -137,6 +192,14 @@ class Exchange:
     def answered(self) -> None:
         self.attempts[-1].end()
         self.error = None
+
+    def speed(self) -> tuple[float, float | None]:
+        """Seconds to the first content of the last attempt, and output tokens per second from there, if it streamed."""
+        attempt, usage = self.attempts[-1], self.usage
+        first = self.first_content or now()
+        streamed = attempt.began + attempt.seconds - first
+        enough = self.call.stream and usage.output >= 20 and streamed > 0.05
+        return first - attempt.began, usage.output / streamed if enough else None
 
     def interrupt(self) -> None:
         """The caller hung up, or the server is stopping: what was made until now is what is charged."""
@@ -148,11 +211,12 @@ class Exchange:
 
     def lightrail(self) -> JSON:
         """The `lightrail` object of a body or last chunk."""
+        provider, model = self.answered_by
         return {
-            "provider": self.deployment.provider.name,
-            "model": self.deployment.model,
+            "provider": provider,
+            "model": model,
             "attempts": len(self.attempts),
-            "cache": "off",
+            "cache": self.cache,
             "dropped": list(self.dropped),
         }
 
@@ -184,6 +248,8 @@ class Exchange:
     @property
     def cost(self) -> tuple[Cost | None, Literal["provider", "computed", "estimated"]]:
         """Nano-dollars and their source; None where neither the provider nor the price table knows."""
+        if self.kept:
+            return Cost(0, 0), "computed"
         usage, price = self.usage, self.deployment.price
         computed = price.cost(usage) if price else None
         if usage.cost is not None:
@@ -208,11 +274,12 @@ class Exchange:
         """The record, and the tokens used, which settle the key's TPM."""
         cost, source = self.cost
         answer = self.answer
-        answered = self.attempts and (not self.last_error or (answer and answer.started))
+        answered = self.kept or (self.attempts and (not self.last_error or (answer and answer.started)))
+        provider, model = self.answered_by
         doc: JSON = {
-            "model": self.deployment.model,
+            "model": model,
             "model_requested": self.call.model,
-            "provider": self.deployment.provider.name if answered else None,
+            "provider": provider if answered else None,
             "status": self.status,
             "surface": self.call.surface,
             "stream": self.call.stream,
@@ -231,14 +298,15 @@ class Exchange:
                 round((self.first_content - self.began) * 1000, 1) if self.first_content else None
             ),
             "attempts": [attempt.told() for attempt in self.attempts],
-            "provider_health": _health(self.attempts),
-            "cached": False,
+            "routing": self.routing.told() if self.routing else None,
+            "provider_health": "healthy" if self.kept else _health(self.attempts),
+            "cached": self.kept is not None,
             "dropped": list(self.dropped),
             "user": self.call.body.get("user"),
             "error": {"code": self.error.code, "message": self.error.message} if self.error else None,
         }
         row = Generation(self.id, self.key.id, self.hold.start, cost.total if cost else 0, doc)
-        return row, self.usage.total
+        return row, 0 if self.kept else self.usage.total
 
 
 def _health(attempts: Sequence[Attempt]) -> Literal["healthy", "degraded", "unhealthy"]:

@@ -1,26 +1,53 @@
-"""One request, start to finish: admitted, routed, answered, recorded, settled."""
+"""One request, start to finish: planned, admitted, routed, answered, recorded, settled."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from shared.answer import Answer
-from shared.catalog import Catalog, Deployment
-from shared.errors import Forbidden, GatewayError, Overloaded, ProviderError, RateLimited
-from shared.exchange import Attempt, Exchange
+from shared.cache import Cache, Kept
+from shared.catalog import Catalog, Deployment, Route, Strategy
+from shared.errors import (
+    Forbidden,
+    GatewayError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    ProviderError,
+    RateLimited,
+    UnsupportedParameter,
+)
+from shared.exchange import Attempt, Exchange, Routing
+from shared.health import RetryBudget
 from shared.keys import Credential
 from shared.limits import GRACE, Limits
 from shared.providers.dialect import Outgoing
-from shared.router import MAX_ATTEMPTS, Candidate, capable, permitted
+from shared.router import (
+    MAX_ATTEMPTS,
+    NO_PREFERENCES,
+    Candidate,
+    Needs,
+    Preferences,
+    Ranked,
+    Removal,
+    awake,
+    filtered,
+    ordered,
+    permitted,
+    switched_on,
+)
 from shared.schema import JSON, Call
+from shared.state import State
 from shared.store.base import Hold, VirtualKey
 from shared.tokens import Prompt
 from shared.upstream import Upstream
+from shared.vault import Vault
 
 Chunks: TypeAlias = AsyncGenerator[list[JSON], None]
 """What each read of a stream brought, as OpenAI's chunks; an error event is the last."""
@@ -29,66 +56,202 @@ DEFAULT_OUTPUT = 4096
 """Output tokens that are reserved at a time where the caller set no bound."""
 TOKENS_PER_CHARACTER = 3
 """At most: between two looks at the meter, which cost more than a chunk, a stream cannot outgrow its hold."""
+LONGEST_WAIT = 2.0
+"""Seconds that a provider may ask us to wait, and be waited for, where nobody else is left."""
+JITTER = (0.05, 0.2)
+"""Seconds before a second try."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked request, who may answer it, and what the first of them would be sent: nothing is spent yet."""
+    """A checked request, who can answer it, and what the first of them would be sent: nothing is spent yet.
+
+    `turn`: the route whose turn is taken. `removed`: who cannot answer, and why."""
 
     call: Call
     candidates: Sequence[Candidate]
-    outgoing: Outgoing
+    outgoing: Outgoing | None
+    strategy: Strategy
+    wish: Preferences
+    needs: Needs
+    prompt: Prompt
+    output: int
+    removed: list[Removal]
+    automatic: bool = False
+    turn: str | None = None
+
+
+class Reading(Protocol):
+    """What is read beside admission, and then put into the call."""
+
+    async def read(self) -> None: ...
+
+    def applied(self, call: Call) -> Call: ...
 
 
 class Gateway:
-    """Collaborators come in here; there are no globals. `clock` is the wall clock, in epoch seconds."""
+    """Collaborators come in here; there are no globals. `clock` is the wall clock, in epoch seconds.
+
+    `examine` raises for what a safety check refuses."""
 
     def __init__(
         self,
         catalog: Catalog,
         limits: Limits,
         upstream: Upstream,
+        state: State,
+        cache: Cache,
+        vault: Vault,
         total_timeout: float,
+        examine: Callable[[Call], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.time,
+        dice: Callable[[], float] = random.random,
     ) -> None:
         self._catalog = catalog
         self._limits = limits
         self._upstream = upstream
+        self._cache = cache
+        self._vault = vault
+        self._examine = examine
         self._total_timeout = total_timeout
         self._clock = clock
+        self._dice = dice
+        self._retries = RetryBudget()
+        self.state = state
         self.open: set[Exchange] = set()
         self.answered = 0
         self._idle = asyncio.Event()
 
-    def plan(self, call: Call) -> Plan:
-        """Names to deployments; raises ModelNotFound, NoProvider or UnsupportedParameter, before the key is charged."""
-        found: dict[str, Candidate] = {}
-        for name in (call.model, *call.fallbacks):
-            for to in self._catalog.resolve(name).deployments:
-                found.setdefault(to.id, Candidate(name, to))
-        candidates, outgoing = capable(list(found.values()), lambda to: self._upstream.prepare(call, to))
-        return Plan(call, candidates, outgoing)
+    async def plan(self, call: Call, route: Route | None = None) -> Plan:
+        """Names to deployments that can be asked this; `route` stands for what the call's name means.
 
-    async def admit(self, plan: Plan, credential: Credential, request_id: str) -> Exchange:
-        """The store's one write before the provider, then the model permission on the key that it returned."""
+        Raises ModelNotFound, NoProvider, InvalidRequest or what a safety check says, before the key is charged."""
+        if self._examine:
+            await self._examine(call)
+        routes = [route] if route else [self._catalog.resolve(name) for name in (call.model, *call.fallbacks)]
+        found: dict[str, Candidate] = {}
+        for rank, each in enumerate(routes):
+            for to in each.deployments:
+                if not each.automatic or surface_of(call) in to.capabilities:
+                    found.setdefault(to.id, Candidate(each.asked, to, rank))
+        if not found:
+            raise ModelNotFound(f"'{call.model[:128]}' has no model for {call.surface}.", param="model")
+        wish = self._wish(call, found.values())
+        candidates, removed = list(found.values()), list[Removal]()
+        prompt = Prompt.read(call.body, call.surface)
+        output = reserved_output(call, [candidate.to for candidate in candidates[:MAX_ATTEMPTS]])
+        needs = Needs(call.features, prompt.estimate(candidates[0].to.model), output // max(1, call.generated))
+        candidates = filtered(candidates, needs, wish, removed)
+        strategy = wish.sort or routes[0].strategy
+        candidates, outgoing = self._askable(call, candidates, wish, removed)
+        turn = None
+        if strategy == "round_robin":
+            turn = call.model if route or self._catalog.is_route(call.model) else "models"
+        return Plan(
+            call, candidates, outgoing, strategy, wish, needs, prompt, output, removed, routes[0].automatic, turn
+        )
+
+    def _wish(self, call: Call, candidates: Iterable[Candidate]) -> Preferences:
+        """The caller's preferences; raises InvalidRequest for a provider that nobody knows."""
+        if not (given := call.body.get("provider")):
+            return NO_PREFERENCES
+        wish = Preferences.of(given)
+        unknown = wish.names - self._catalog.providers.keys()
+        if unknown and not any("provider" in candidate.to.provider.keeps for candidate in candidates):
+            known = ", ".join(row.name for row in self._catalog.on())
+            message = f"There is no provider '{min(unknown)[:64]}'. Available: {known}."
+            raise InvalidRequest(message, param="provider", code="unknown_provider")
+        return wish
+
+    def _askable(
+        self, call: Call, candidates: Sequence[Candidate], wish: Preferences, removed: list[Removal]
+    ) -> tuple[Sequence[Candidate], Outgoing]:
+        """Without those that refuse to be asked this, as far as that must be known: up to the first that does not.
+
+        Raises the first one's UnsupportedParameter when none can; with `require_parameters` all are tried."""
+        first: UnsupportedParameter | None = None
+        kept, outgoing = list[Candidate](), None
+        for at, candidate in enumerate(candidates):
+            try:
+                prepared = self._upstream.prepare(call, candidate.to)
+                if wish.require_parameters and prepared.dropped:
+                    lacking = f"it does not support '{prepared.dropped[0]}'"
+                    removed.append(Removal(candidate, "require_parameters", lacking))
+                    message = f"The model '{candidate.to.id}' does not support '{prepared.dropped[0]}'."
+                    first = first or UnsupportedParameter(message, param=prepared.dropped[0])
+                    continue
+            except UnsupportedParameter as refused:
+                removed.append(Removal(candidate, "capability", refused.message))
+                first = first or refused
+                continue
+            kept.append(candidate)
+            outgoing = outgoing or prepared
+            if not wish.require_parameters:
+                return [*kept, *candidates[at + 1 :]], outgoing
+        if outgoing is None:
+            assert first is not None, "a route has at least one deployment"
+            raise first
+        return kept, outgoing
+
+    def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal]) -> Sequence[Ranked]:
+        """Who is to be tried, in order, of those that this key may use; raises GatewayError where nobody is left."""
+        candidates, now, state = plan.candidates, self._clock(), self.state
+        tier = plan.call.body.get("service_tier")
+        candidates = permitted(candidates, key, tier, removed)
+        if state.switches or not all(candidate.to.enabled for candidate in candidates):
+            candidates = [state.switched(candidate) for candidate in candidates]
+            candidates = switched_on(candidates, removed)
+        if plan.strategy == "round_robin" and plan.automatic:
+            candidates = one_each(candidates)
+        turn = key.turns.get(plan.turn, 0) if plan.turn else 0
+        ranked = ordered(
+            candidates,
+            plan.strategy,
+            plan.wish,
+            needs=plan.needs,
+            health=state.health,
+            now=now,
+            dice=self._dice,
+            turn=turn,
+        )
+        if not plan.wish.allow_fallbacks:
+            removed += [Removal(each.candidate, "allow_fallbacks", "it is no first choice") for each in ranked[1:]]
+            ranked = ranked[:1]
+        return awake(ranked, state.health, now, removed)
+
+    async def admit(
+        self, plan: Plan, credential: Credential, request_id: str, context: Reading | None = None
+    ) -> Exchange:
+        """The store's one write before the provider, reads beside it, then what only the key it returned can tell.
+
+        `context` reads what belongs into the call. Whatever was read is thrown away where the key is refused."""
         call, now = plan.call, self._clock()
         first = [candidate.to for candidate in plan.candidates[:MAX_ATTEMPTS]]
-        prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, first)
-        estimate = prompt.estimate(first[0].model)
-        money = most_money(first, prompt, output)
-        hold = Hold(money, estimate + output, int(now), int(self._total_timeout) + GRACE)
-        key = await self._limits.admit(credential, request_id, hold)
+        money = most_money(first, plan.prompt, plan.output)
+        hold = Hold(money, plan.needs.prompt + plan.output, int(now), int(self._total_timeout) + GRACE)
+        lookup = self._cache.lookup(call, credential.key_id)
+        recall = self._vault.recall(call, credential.key_id, [candidate.to for candidate in plan.candidates])
+        reads = [each.read() for each in (self.state if self.state.old else None, lookup, recall, context) if each]
+        key = await beside(reads, self._limits.admit(credential, request_id, hold, plan.turn))
+        for reading in (recall, context):
+            call = reading.applied(call) if reading else call
+        prompt = Prompt.read(call.body, call.surface) if context else plan.prompt
+        removed = list(plan.removed)
         try:
-            candidates = permitted(plan.candidates, key, call.body.get("service_tier"))[:MAX_ATTEMPTS]
-            if key.has_money_limit and most_money(candidates, prompt, output) > money:
-                candidates, hold = await self._afford(candidates, prompt, output, key, request_id, hold)
+            ranked = self.choose(plan, key, removed)
+            candidates = [each.candidate.to for each in ranked[:MAX_ATTEMPTS]]
+            if key.has_money_limit and most_money(candidates, prompt, plan.output) > money:
+                candidates, hold = await self._afford(candidates, prompt, plan.output, key, request_id, hold)
         except GatewayError:
             await self._limits.release(key, request_id, hold, int(now))
             raise
-        exchange = Exchange(request_id, key, call, candidates, hold, prompt, estimate, output, now)
-        if candidates[0] is plan.candidates[0].to and exchange.bound(candidates[0]) is None:
+        estimate = prompt.estimate(candidates[0].model) if context else plan.needs.prompt
+        exchange = Exchange(request_id, key, call, candidates, hold, prompt, estimate, plan.output, now)
+        exchange.routing, exchange.lookup = Routing(plan.strategy, ranked, removed), lookup
+        if call is plan.call and candidates[0] is plan.candidates[0].to and exchange.bound(candidates[0]) is None:
             exchange.outgoing = plan.outgoing
         self.open.add(exchange)
+        self._retries.request(now)
         return exchange
 
     async def _afford(
@@ -104,33 +267,41 @@ class Gateway:
         return cheap, hold
 
     async def complete(self, exchange: Exchange) -> JSON:
-        """A whole answer, from the first deployment that gives one; raises the last refusal."""
-        for to, outgoing in self._attempts(exchange):
+        """A whole answer, from the cache or from the first deployment that gives one; raises the last refusal."""
+        answer = Answer(exchange)
+        if kept := await self._reused(exchange):
+            return answer.completed(kept.whole())
+        while found := await self._next(exchange):
             try:
-                piece = await self._upstream.complete(exchange.call, to, outgoing, exchange.deadline)
+                piece = await self._upstream.complete(exchange.call, *found, exchange.deadline)
             except ProviderError as error:
-                exchange.failed(error)
+                self._failed(exchange, error)
             else:
-                exchange.answered()
-                return Answer(exchange).completed(piece)
+                body = answer.completed(piece)
+                self._answered(exchange, answer)
+                return body
         raise self._refusal(exchange)
 
     async def stream(self, exchange: Exchange) -> Chunks:
         """A stream, which ends in one honest way: finish reasons, or one error event; before content it may raise.
 
         Once `exchange.committed`, or once something was sent, an error is an event."""
-        answer = exchange.answer = Answer(exchange)
+        answer = Answer(exchange)
         try:
-            for to, outgoing in self._attempts(exchange):
+            if kept := await self._reused(exchange):
+                for piece in kept.pieces():
+                    if chunks := answer.take([piece]):
+                        yield chunks
+                yield answer.ending()
+                return
+            while found := await self._next(exchange):
                 try:
-                    async with aclosing(
-                        self._upstream.stream(exchange.call, to, outgoing, exchange.deadline)
-                    ) as batches:
+                    async with aclosing(self._upstream.stream(exchange.call, *found, exchange.deadline)) as batches:
                         async for batch in batches:
                             if not batch:
                                 answer.all_said()
                                 if answer.whole:
-                                    yield answer.ending()
+                                    yield self._ending(exchange, answer)
                             elif chunks := answer.take(batch):
                                 yield chunks
                                 if exchange.grows and not answer.ended and not await self._may_go_on(exchange, answer):
@@ -142,12 +313,12 @@ class Gateway:
                         )
                 except ProviderError as error:
                     if not answer.whole:  # else only the trailer is lost: the answer is whole
-                        exchange.failed(error)
+                        self._failed(exchange, error)
                         if answer.started:
                             raise error.answer() from error
                         continue
                 if not answer.ended:
-                    yield answer.ending()
+                    yield self._ending(exchange, answer)
                 return
             raise self._refusal(exchange)
         except GatewayError as error:
@@ -156,13 +327,28 @@ class Gateway:
                 raise
             yield [answer.error(error)]
 
+    async def _reused(self, exchange: Exchange) -> Kept | None:
+        """An answer kept for this very request, unless the key may not use who gave it any more."""
+        kept = await exchange.lookup.reuse(exchange.deadline) if exchange.lookup else None
+        if kept and exchange.may_have_come_from(f"{kept.provider}/{kept.model}"):
+            exchange.kept = kept
+        return exchange.kept
+
     async def close(self, exchange: Exchange) -> JSON:
         """Record and settle, however the request ended; after the caller's last byte. Returns the record."""
         try:
+            self.state.health.end(exchange.deployment.id)
+            if exchange.lookup:
+                exchange.lookup.land(None)
             row, used = exchange.row(self._clock())
             now = int(self._clock())
             await self._limits.settle(exchange.key, exchange.request_id, exchange.hold, row, used, now)
             self.answered += 1
+            if exchange.lookup:
+                await exchange.lookup.keep()
+            if exchange.remembers and exchange.answer and not (exchange.error or exchange.kept):
+                await self._vault.keep(exchange.key.id, exchange.answer.message, exchange.deployment.provider)
+            await self.state.share()
             return dict(row.doc)
         finally:
             self.open.discard(exchange)
@@ -174,21 +360,73 @@ class Gateway:
             self._idle.clear()
             await self._idle.wait()
 
-    def _attempts(self, exchange: Exchange) -> Iterator[tuple[Deployment, Outgoing]]:
-        """Each deployment in turn while falling back is right, with what it is to be sent."""
-        for to in exchange.candidates:
-            outgoing, exchange.outgoing = exchange.outgoing, None
+    async def _next(self, exchange: Exchange) -> tuple[Deployment, Outgoing] | None:
+        """Who is to be asked now, and what: the same once more, the next in the route, or nobody."""
+        error, outgoing = exchange.last_error, exchange.outgoing
+        if error:
+            if len(exchange.attempts) >= MAX_ATTEMPTS or self._now() >= exchange.deadline:
+                return None
+            if outgoing and (wait := self._second_try(exchange, error)) is not None:
+                await asyncio.sleep(wait)
+                return self._begin(exchange, exchange.deployment, outgoing)
+            if not error.falls_back:
+                return None
+            outgoing = None
+        while exchange.waiting:
+            to = exchange.waiting.pop(0)
+            if error and error.fault == "context" and not larger(to, exchange.deployment):
+                continue
             try:
                 outgoing = outgoing or self._upstream.prepare(exchange.call, to, exchange.bound(to))
             except GatewayError as refused:  # it cannot be asked this: not an attempt
                 exchange.error = refused
                 continue
-            exchange.attempt(Attempt(to), outgoing.dropped)
-            yield to, outgoing
-            if not exchange.last_error or not exchange.last_error.falls_back:
-                return
-            if asyncio.get_running_loop().time() >= exchange.deadline:
-                return
+            return self._begin(exchange, to, outgoing)
+        return None
+
+    def _begin(self, exchange: Exchange, to: Deployment, outgoing: Outgoing) -> tuple[Deployment, Outgoing]:
+        self.state.health.begin(to.id, self._clock())
+        exchange.attempt(Attempt(to), outgoing)
+        return to, outgoing
+
+    def _second_try(self, exchange: Exchange, error: ProviderError) -> float | None:
+        """Seconds after which the same deployment is asked again; None where it is not.
+
+        Once, where that leaves a try for each of the others, and while such tries are few. Where others are left,
+        nobody waits for a busy one."""
+        tried = [attempt for attempt in exchange.attempts if attempt.to is exchange.deployment]
+        if error.retries == "no" or len(tried) > 1 or len(exchange.attempts) + len(exchange.waiting) >= MAX_ATTEMPTS:
+            return None
+        wait = random.uniform(*JITTER)  # noqa: S311 not a secret
+        if error.retries == "wait":
+            wait = max(wait, error.retry_after or 0)
+            if exchange.waiting or wait > LONGEST_WAIT:
+                return None
+        if self._now() + wait >= exchange.deadline or not self._retries.take(self._clock()):
+            return None
+        return wait
+
+    def _failed(self, exchange: Exchange, error: ProviderError) -> None:
+        exchange.failed(error)
+        if rested := self.state.health.failed(exchange.deployment.id, error, self._clock()):
+            self.state.rest(*rested)
+
+    def _ending(self, exchange: Exchange, answer: Answer) -> list[JSON]:
+        chunks = answer.ending()
+        self._answered(exchange, answer)
+        return chunks
+
+    def _answered(self, exchange: Exchange, answer: Answer) -> None:
+        """The deployment is well, and was so fast; whoever waits for the same answer has it now."""
+        exchange.answered()
+        to, health = exchange.deployment.id, self.state.health
+        self.state.wake(health.succeeded(to))
+        health.measure(to, *exchange.speed(), self._clock())
+        if exchange.lookup:
+            exchange.lookup.land(answer.kept())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _refusal(self, exchange: Exchange) -> GatewayError:
         """What the caller is told when nobody answered: the last refusal, unless the providers are merely busy."""
@@ -234,3 +472,35 @@ def reserved_output(call: Call, candidates: Sequence[Deployment]) -> int:
         return 0
     most = max(min(to.max_output or DEFAULT_OUTPUT, DEFAULT_OUTPUT) for to in candidates)
     return (call.max_tokens or most) * call.generated
+
+
+async def beside(reads: Sequence[Coroutine[Any, Any, None]], admission: Awaitable[VirtualKey]) -> VirtualKey:
+    """The admission, and reads that go on meanwhile; they end with it where it refuses."""
+    if not reads:
+        return await admission
+    tasks = [asyncio.ensure_future(read) for read in reads]
+    try:
+        key = await admission
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return key
+
+
+def one_each(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The first of each provider: turns go round the providers, not round their models."""
+    first: dict[str, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.to.provider.name, candidate)
+    return list(first.values())
+
+
+def larger(to: Deployment, than: Deployment) -> bool:
+    """Whether it may take what was too long for the other; where that is not known, it is worth a try."""
+    return not to.context_window or not than.context_window or to.context_window > than.context_window
+
+
+def surface_of(call: Call) -> str:
+    """Which capability answers it: a chat model takes legacy completions, too."""
+    return "embeddings" if call.surface == "embeddings" else "chat"

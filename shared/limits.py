@@ -26,9 +26,11 @@ class Limits:
         self._store = store
         self._ttl = generation_ttl_days * 86400
 
-    async def admit(self, credential: Credential, request_id: str, hold: Hold) -> VirtualKey:
-        """The key as it stands after the reservation; raises the refusal in OpenAI's words."""
-        ask = Ask(credential.key_id, credential.key_hash, request_id, hold)
+    async def admit(self, credential: Credential, request_id: str, hold: Hold, turn: str | None = None) -> VirtualKey:
+        """The key as it stands after the reservation; raises the refusal in OpenAI's words.
+
+        `turn`: the route whose turn is taken with it."""
+        ask = Ask(credential.key_id, credential.key_hash, request_id, hold, turn)
         outcome = await self._store.admit(ask)
         if isinstance(outcome, Refused) and outcome.key and overdue(outcome.key, hold.start):
             await self.sweep(outcome.key, hold.start)  # what a crashed request still holds may be what is missing

@@ -203,12 +203,45 @@ Stop: TypeAlias = Annotated[
 Whole: TypeAlias = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
+Names: TypeAlias = Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64)]
+Dollars: TypeAlias = Annotated[float, Field(ge=0)]
+
+
+class MaxPrice(Shape):
+    """US dollars per million tokens, and per request; OpenRouter's."""
+
+    prompt: Dollars | None = None
+    completion: Dollars | None = None
+    request: Dollars | None = None
+
+
+class Preferences(Shape):
+    """The extension `provider`: OpenRouter's preferences; what we do not know of them is for OpenRouter."""
+
+    order: Names | None = None
+    only: Names | None = None
+    ignore: Names | None = None
+    allow_fallbacks: bool | None = None
+    sort: Literal["price", "latency", "throughput", "local", "remote", "round_robin", "priority"] | None = None
+    max_price: MaxPrice | None = None
+    require_parameters: bool | None = None
+
+
+class Caching(Shape):
+    """The extension `cache`. `refresh` asks anew and keeps the answer; `ttl` is in seconds."""
+
+    mode: Literal["on", "off", "refresh"] = "on"
+    ttl: Annotated[int, Field(ge=1, le=604_800)] | None = None
+
+
 class Asked(Shape):
     """What all three share, our own extensions included (design §2). What is read of a body is declared here."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     user: Annotated[str, Field(max_length=512)] | None = None
     models: Annotated[list[str], Field(max_length=8)] | None = None
+    provider: Preferences | None = None
+    cache: Caching | None = None
     strict: bool | None = None
 
 

@@ -28,8 +28,10 @@ class Settings(BaseModel):
     cors_origins: str = ""
     log_level: str = "INFO"
     max_body_bytes: int = Field(default=6291456, gt=0)
-    generation_ttl_days: int = Field(default=7, ge=3, le=365)  # days are summed up at the age of two
+    generation_ttl_days: int = Field(default=7, ge=3, le=365)  # less would leave no time to mend a sweep that fails
+    round_robin: str = ""
     secrets_path: str | None = Field(default=None, pattern="^/")
+    stage: str = "local"
     aws_lambda_function_name: str | None = None
     provider_variables: Mapping[str, str] = Field(default={}, repr=False)
 
@@ -44,6 +46,10 @@ class Settings(BaseModel):
     @property
     def allowed_origins(self) -> list[str]:
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
+    def round_robin_members(self) -> list[str]:
+        return [member.strip() for member in self.round_robin.split(",") if member.strip()]
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:

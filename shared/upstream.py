@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from math import inf
-from typing import Any, cast
+from ssl import SSLContext
+from typing import Any, Literal, cast
 
 import httpx
 import orjson
 
 from shared import sse
+from shared.assembly import assembled
 from shared.catalog import Deployment
+from shared.connections import Pool, TLSFailed, Unanswered, UnknownHost
 from shared.errors import ProviderError
 from shared.providers.dialect import END, Dialect, Outgoing, Piece
 from shared.providers.echo import EchoTransport
 from shared.schema import JSON, Call, too_deep
 from shared.settings import Settings
-from shared.telemetry import REDACTED
+from shared.telemetry import REDACTED, logger
 
 MAX_BODY = 16 * 1024 * 1024
 MAX_ERROR_BODY = 64 * 1024
 MAX_CONNECTIONS = 1000
-IDLE_SECONDS = 4.0
-"""How long a connection may wait in the pool: less than servers do, of which uvicorn's 5 s are the shortest."""
+"""To one provider: what one of them holds up leaves the others alone."""
 TRAILER_SECONDS = 5.0
 """What a stream may still take, after its finish reason, to send usage and `[DONE]`."""
 DRAIN_SECONDS = 0.25
@@ -36,9 +41,28 @@ LOOK_SECONDS = 0.25
 """How often a timer looks at most whether its time, which may have come nearer, is up."""
 MAX_BAD_EVENTS = 3
 MAX_DEPTH = 200
+ENCODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+MAX_ENCODINGS = 2
+INFLATED = 64 * 1024
+"""Bytes that are decompressed at a time."""
 
 HEADERS = {"user-agent": "lightrail", "accept": "*/*", "accept-encoding": "identity"}
 CONTENT = ("content", "reasoning_content", "tool_calls", "refusal", "function_call", "audio")
+FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
+"""How a stream of server-sent events begins."""
+ALARMING = frozenset({"tls", "auth", "money", "model_gone"})
+"""Faults that last until somebody mends the account or the configuration."""
+
+
+@dataclass(slots=True)
+class Notes:
+    """What the record of an attempt tells of the way there and back, beside its error.
+
+    `retried_stale`: a kept connection was dead, and the request went out once more on a new one. `bad_events`: how
+    many events of the stream could not be read, and were dropped."""
+
+    retried_stale: bool = False
+    bad_events: int = 0
 
 
 class Upstream:
@@ -47,57 +71,91 @@ class Upstream:
     Requests go to httpx's transport itself: its client would keep cookies, follow the environment and look for
     redirects, and costs half as much again."""
 
-    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        transport: httpx.AsyncBaseTransport | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
         self._settings = settings
         self._transport = transport
+        self._max_connections = max_connections
         self._demo = EchoTransport()
-        self._urls: dict[str, httpx.URL] = {}
+        self._pools: dict[tuple[str, bytes], Pool] = {}
         timeouts = {"connect": settings.connect_timeout, "pool": settings.connect_timeout, "read": None, "write": None}
         self._extensions = {"timeout": timeouts}  # reading and writing are timed by `complete` and `stream`
 
-    @property
-    def transport(self) -> httpx.AsyncBaseTransport:
-        """Made at first use: it costs a TLS context."""
-        if self._transport is None:
-            limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=IDLE_SECONDS)
-            self._transport = httpx.AsyncHTTPTransport(limits=limits, proxy=self._settings.proxy, trust_env=False)
-        return self._transport
+    def _pool(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
+        if url.scheme == "demo":
+            return self._demo
+        if self._transport is not None:
+            return self._transport
+        origin = url.scheme, url.netloc
+        if origin not in self._pools:
+            self._pools[origin] = Pool(self._context, self._settings.proxy, self._max_connections)
+        return self._pools[origin]
+
+    @cached_property
+    def _context(self) -> SSLContext:
+        """Made at first use: it reads a hundred certificates."""
+        return httpx.create_ssl_context(trust_env=False)
 
     async def close(self) -> None:
-        if self._transport is not None:
-            await self._transport.aclose()
+        for pool in self._pools.values():
+            await pool.aclose()
+        self._pools.clear()
 
     def prepare(self, call: Call, to: Deployment, max_tokens: int | None = None) -> Outgoing:
         """What would be sent; raises UnsupportedParameter for what this deployment cannot be asked."""
         return dialect_of(to).request(call, to, max_tokens)
 
-    async def complete(self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float) -> Piece:
+    async def complete(
+        self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float, notes: Notes | None = None
+    ) -> Piece:
         """A whole answer, in OpenAI's shape; raises ProviderError."""
-        async with _faults(to), Timer(deadline), self._send(outgoing) as response:
+        notes = notes or Notes()
+        async with _faults(to), Timer(deadline), self._send(outgoing, notes) as response:
             await _check(response, to)
-            return dialect_of(to).completion(call, to, await _json(response))
+            body = _decoded(response)
+            async for start in body:
+                match _kind(start, response):
+                    case "blank":
+                        continue
+                    case "json":
+                        return dialect_of(to).completion(call, to, _json(await _read(body, MAX_BODY, start)))
+                    case "events":
+                        return await _gathered(_Reader(call, to, notes), start, body)
+            raise _empty()
 
     async def stream(
-        self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float
+        self, call: Call, to: Deployment, outgoing: Outgoing, deadline: float, notes: Notes | None = None
     ) -> AsyncGenerator[list[Piece], None]:
         """What each read of the stream brought, beginning with its first content; raises ProviderError.
 
         An empty list is the provider's own `[DONE]`; after it the body is only read to its end, so that the connection
         may be reused. A stream may end without one: only finish reasons tell a whole answer. Must be iterated by one
         task, whose cancellation is how time runs out."""
+        notes = notes or Notes()
         patience = to.provider.first_content_for(to.model, self._settings)
         async with (
             _faults(to),
             Timer(deadline, "first_content_timeout", patience) as timer,
-            self._send(outgoing) as response,
+            self._send(outgoing, notes) as response,
         ):
             await _check(response, to)
-            if response.headers.get("content-type", "").startswith("application/json"):
-                yield [_as_chunk(call, dialect_of(to).completion(call, to, await _json(response)))]
-                return
-            reader, held, begun = _Reader(call, to), list[Piece](), False
             gap = to.provider.gap_timeout or self._settings.gap_timeout
-            async for data in _decoded(response):
+            reader, held, opened, begun = _Reader(call, to, notes), list[Piece](), False, False
+            body = _decoded(response)
+            async for data in body:
+                if not opened:
+                    kind = _kind(data, response)
+                    if kind == "json":
+                        whole = dialect_of(to).completion(call, to, _json(await _read(body, MAX_BODY, data)))
+                        timer.rest()
+                        yield [_as_chunk(call, whole)]
+                        yield []
+                        return
+                    opened = kind == "events"
                 if reader.done:
                     continue
                 pieces = reader.feed(data)
@@ -105,7 +163,7 @@ class Upstream:
                     held += pieces
                     if not any(map(has_content, held)):
                         if reader.done:
-                            raise ProviderError("empty", "The provider's stream held no answer.", ambiguous=True)
+                            raise _empty()
                         continue
                     begun, pieces = True, held
                 timer.rest()  # the caller's own slowness is not the provider's
@@ -114,21 +172,29 @@ class Upstream:
                 if reader.done:
                     yield []
                 timer.wait("gap_timeout", DRAIN_SECONDS if reader.done else TRAILER_SECONDS if reader.finished else gap)
+            if not opened:
+                raise _empty()
             reader.end()
 
     @asynccontextmanager
-    async def _send(self, outgoing: Outgoing) -> AsyncGenerator[httpx.Response]:
-        url = self._urls.get(outgoing.url)
-        if url is None:
-            url = self._urls[outgoing.url] = httpx.URL(outgoing.url)
+    async def _send(self, outgoing: Outgoing, notes: Notes) -> AsyncGenerator[httpx.Response]:
+        url = _url(outgoing.url)
         headers = {**HEADERS, **outgoing.headers}
         request = httpx.Request("POST", url, headers=headers, content=outgoing.content, extensions=self._extensions)
-        transport = self._demo if url.scheme == "demo" else self.transport
-        response = await transport.handle_async_request(request)
+        try:
+            response = await self._pool(url).handle_async_request(request)
+        finally:
+            notes.retried_stale = "retried_stale" in request.extensions
         try:
             yield response
         finally:
             await response.aclose()
+
+
+@lru_cache(1024)
+def _url(text: str) -> httpx.URL:
+    """Parsed once. Bounded: some dialects' paths hold the model that the caller named."""
+    return httpx.URL(text)
 
 
 def without(secret: str, text: str) -> str:
@@ -200,10 +266,11 @@ def has_content(piece: Piece) -> bool:
 class _Reader:
     """The bytes of one stream to pieces; drops what is no event, but not many of them, and not at the end."""
 
-    def __init__(self, call: Call, to: Deployment) -> None:
+    def __init__(self, call: Call, to: Deployment, notes: Notes) -> None:
         dialect = dialect_of(to)
         self._decoder = dialect.decoder()
         self._translate = dialect.stream(call, to)
+        self._notes = notes
         self._bad = 0
         self.done = False
         self._unfinished = call.choices
@@ -217,6 +284,7 @@ class _Reader:
             event = _event(text)
             if event is None:
                 self._bad += 1
+                self._notes.bad_events += 1
                 if self._bad > MAX_BAD_EVENTS:
                     raise ProviderError("protocol", "The provider's stream could not be read.", ambiguous=True)
                 continue
@@ -245,10 +313,19 @@ def _event(text: bytes) -> JSON | None:
     try:
         event = orjson.loads(text)
     except orjson.JSONDecodeError:
-        return None
+        event = _mended(text)
     if text.count(b"{") + text.count(b"[") > MAX_DEPTH and too_deep(event, MAX_DEPTH):
         return None  # orjson reads more than it can write
     return cast("JSON", event) if isinstance(event, dict) else None
+
+
+def _mended(text: bytes) -> Any:
+    """What is JSON but for a byte order mark or characters that are none, such as half an emoji: these are U+FFFD."""
+    try:
+        loose = json.dumps(json.loads(text.decode("utf-8-sig", "replace")), ensure_ascii=False)
+        return orjson.loads(loose.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _as_chunk(call: Call, whole: Piece) -> Piece:
@@ -267,64 +344,125 @@ def _delta(message: JSON) -> JSON:
     return {**message, "tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]} if calls else message
 
 
+async def _gathered(reader: _Reader, start: bytes, body: AsyncGenerator[bytes]) -> Piece:
+    """A stream, sent where a whole answer was asked for, put together."""
+    pieces, size = reader.feed(start), len(start)
+    while not reader.done and (data := await anext(body, b"")):
+        size += len(data)
+        if size > MAX_BODY:
+            raise _too_large()
+        pieces += reader.feed(data)
+    reader.end()
+    answer = assembled(chunk for chunk, _ in pieces)
+    if not answer["choices"]:
+        raise _empty()
+    if not (reader.done or reader.finished) or not all(choice.get("finish_reason") for choice in answer["choices"]):
+        raise ProviderError("disconnected", "The provider's stream ended before its answer.", ambiguous=True)
+    return Piece(answer, next((usage for _, usage in reversed(pieces) if usage), None))
+
+
 async def _check(response: httpx.Response, to: Deployment) -> None:
     """Raise what a status or content type other than an answer's means."""
     status = response.status_code
-    if 200 < status < 300:
-        raise ProviderError("empty", f"The provider answered with status {status}.", status=status, ambiguous=True)
     if status == 200:
-        if response.headers.get("content-type", "").startswith("text/html"):
+        if _content_type(response).startswith("text/html"):
             raise ProviderError("content_type", "The provider answered with a web page.", status=status)
-        return
-    if 300 <= status < 400:
-        raise ProviderError(
-            "redirect", "The provider answered with a redirect, which is never followed.", status=status
-        )
-    raise dialect_of(to).failure(status, response.headers, await _read(response, MAX_ERROR_BODY, cut=True))
+    elif status < 200:
+        raise ProviderError("protocol", f"The provider answered with status {status}.", status=status)
+    elif status < 300:
+        raise ProviderError("empty", f"The provider answered with status {status}.", status=status, ambiguous=True)
+    elif status < 400:
+        logger.error("upstream.redirect", extra={"deployment": to.id, "host": _host(response.headers.get("location"))})
+        message = "The provider answered with a redirect, which is never followed."
+        raise ProviderError("redirect", message, status=status)
+    else:
+        content = await _read(_decoded(response), MAX_ERROR_BODY, cut=True)
+        raise dialect_of(to).failure(status, response.headers, content)
 
 
-async def _json(response: httpx.Response) -> JSON:
-    text = await _read(response, MAX_BODY)
+def _host(location: str | None) -> str | None:
+    """Where a redirect leads, without whatever else its URL says."""
+    found = re.match(r"(?:[a-zA-Z][\w+.-]*:)?//(?:[^/?#]*@)?([^/?#]{1,255})", location or "")
+    return found and found[1]
+
+
+def _content_type(response: httpx.Response) -> str:
+    return response.headers.get("content-type", "").lower()
+
+
+def _kind(start: bytes, response: httpx.Response) -> Literal["blank", "json", "events"]:
+    """By how the body begins: the content type is often wrong. Raises ProviderError for text that is neither."""
+    text, told = start.removeprefix(sse.BOM).lstrip(), _content_type(response)
+    if not text:
+        return "blank"
+    if text.startswith((b"{", b"[")):
+        return "json"
+    if told.startswith("text/event-stream") or any(text.startswith(each) or each.startswith(text) for each in FIELDS):
+        return "events"
+    if told.startswith("text/") or text.startswith(b"<"):
+        raise ProviderError("content_type", "The provider answered with text that is no answer.", status=200)
+    return "json" if told.startswith("application/json") else "events"
+
+
+def _json(text: bytes) -> JSON:
     body = _event(text.strip())
     if body is None:
-        body = _event(text.decode("utf-8-sig", "replace").encode())
-    if body is None:
-        kind = "empty" if text.strip() in (b"", b"null") else "protocol"
-        raise ProviderError(kind, "The provider's answer is not a JSON object.", ambiguous=True)
+        if text.strip() == b"null":
+            raise _empty()
+        raise ProviderError("protocol", "The provider's answer is not a JSON object.", ambiguous=True)
     return body
 
 
-async def _read(response: httpx.Response, cap: int, *, cut: bool = False) -> bytes:
-    body = bytearray()
-    async for data in _decoded(response):
-        body += data
-        if len(body) > cap:
+async def _read(body: AsyncGenerator[bytes], cap: int, start: bytes = b"", *, cut: bool = False) -> bytes:
+    text = bytearray(start)
+    async for data in body:
+        text += data
+        if len(text) > cap:
             if cut:
-                return bytes(body[:cap])
-            raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True)
-    return bytes(body)
+                break
+            raise _too_large()
+    return bytes(text[:cap])
 
 
-async def _decoded(response: httpx.Response) -> AsyncGenerator[bytes]:
+def _too_large() -> ProviderError:
+    return ProviderError("too_large", "The provider's answer is too large.", ambiguous=True)
+
+
+def _empty() -> ProviderError:
+    return ProviderError("empty", "The provider's answer is empty.", ambiguous=True)
+
+
+def _decoded(response: httpx.Response) -> AsyncGenerator[bytes]:
     """The body's bytes. `identity` is asked for; gzip and deflate are undone in bounded steps all the same."""
-    encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("", "identity"):
-        async for data in _raw(response):
-            yield data
-        return
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    told = [name.strip() for name in response.headers.get("content-encoding", "").lower().split(",")]
+    encodings = [name for name in told if name not in ("", "identity")]
+    if len(encodings) > MAX_ENCODINGS or not ENCODINGS.issuperset(encodings):
         raise ProviderError("decode", "The provider's answer has an encoding that was not asked for.")
-    inflater, total = zlib.decompressobj(wbits=47), 0  # 47: gzip or zlib, whichever its header says
-    async for data in _raw(response):
-        while data:
+    body = _raw(response)
+    for _ in encodings:
+        body = _inflated(body)
+    return body
+
+
+async def _inflated(body: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    inflater, total, begun = zlib.decompressobj(wbits=47), 0, False  # 47: gzip or zlib, whichever its header says
+    async for data in body:
+        plain = b""
+        while data or len(plain) == INFLATED:
             try:
-                plain = inflater.decompress(data, 65536)
+                plain = inflater.decompress(data, INFLATED)
             except zlib.error:
-                raise ProviderError("decode", "The provider's answer could not be decompressed.") from None
-            data, total = inflater.unconsumed_tail, total + len(plain)
+                if begun:
+                    raise ProviderError("decode", "The provider's answer could not be decompressed.") from None
+                inflater, begun = zlib.decompressobj(wbits=-15), True  # deflate without its header, as some send it
+                continue
+            begun, total, data = True, total + len(plain), inflater.unconsumed_tail
             if total > MAX_BODY:
-                raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True)
-            yield plain
+                raise _too_large()
+            if inflater.unused_data:  # gzip comes in members, one after another
+                data, inflater = inflater.unused_data, zlib.decompressobj(wbits=47)
+            if plain:
+                yield plain
 
 
 async def _raw(response: httpx.Response) -> AsyncGenerator[bytes]:
@@ -346,26 +484,42 @@ async def _faults(to: Deployment) -> AsyncGenerator[None]:
     """httpx's exceptions as faults; and no fault's message holds our key, whatever it looks like."""
     try:
         yield
-    except ProviderError as error:
+    except (ProviderError, sse.TooLong, httpx.HTTPError, httpx.StreamError) as error:
+        fault = error if isinstance(error, ProviderError) else _fault(error)
+        if fault.fault in ALARMING:
+            reason = str(error.__cause__ or fault.message)
+            logger.error("upstream.alarm", extra={"deployment": to.id, "fault": fault.fault, "reason": reason})
         if (key := to.provider.api_key) is not None:
-            error.message = without(key.get_secret_value(), error.message)
-            error.param = error.param and without(key.get_secret_value(), error.param)
-        raise
-    except sse.TooLong:
-        raise ProviderError("too_large", "The provider's answer is too large.", ambiguous=True) from None
-    except httpx.ConnectTimeout as error:
-        raise ProviderError("connect_timeout", "The provider could not be reached in time.") from error
-    except httpx.ConnectError as error:
-        raise ProviderError("connect", "The provider could not be reached.") from error
-    except httpx.PoolTimeout as error:
-        raise ProviderError("pool_timeout", "Too many requests to this provider are open.") from error
-    except (httpx.ReadError, httpx.WriteError, httpx.CloseError) as error:
-        raise ProviderError("disconnected", "The provider closed the connection.", ambiguous=True) from error
-    except httpx.RemoteProtocolError as error:
-        if "without sending a response" in str(error):
+            fault.message = without(key.get_secret_value(), fault.message)
+            fault.param = fault.param and without(key.get_secret_value(), fault.param)
+        if fault is error:
+            raise
+        raise fault from error
+
+
+def _fault(error: Exception) -> ProviderError:
+    match error.__cause__:
+        case UnknownHost():
+            return ProviderError("dns", "The provider's name could not be resolved.")
+        case TLSFailed():
+            return ProviderError("tls", "No safe connection to the provider could be made.")
+        case Unanswered():
             message = "The provider closed the connection before it answered."
-            raise ProviderError("closed_before_headers", message, ambiguous=True) from error
-        kind = "disconnected" if "closed connection" in str(error) else "protocol"
-        raise ProviderError(kind, "The provider's answer was cut short or malformed.", ambiguous=True) from error
-    except (httpx.HTTPError, httpx.StreamError) as error:
-        raise ProviderError("protocol", "The provider's answer could not be read.", ambiguous=True) from error
+            return ProviderError("closed_before_headers", message, ambiguous=True)
+        case _:
+            pass
+    match error:
+        case sse.TooLong():
+            return _too_large()
+        case httpx.ConnectTimeout():
+            return ProviderError("connect_timeout", "The provider could not be reached in time.")
+        case httpx.ConnectError():
+            return ProviderError("connect", "The provider could not be reached.")
+        case httpx.PoolTimeout():
+            return ProviderError("pool_timeout", "Too many requests to this provider are open.")
+        case httpx.NetworkError():
+            return ProviderError("disconnected", "The provider closed the connection.", ambiguous=True)
+        case httpx.RemoteProtocolError() if "without sending complete" in str(error):
+            return ProviderError("disconnected", "The provider's answer was cut short.", ambiguous=True)
+        case _:
+            return ProviderError("protocol", "The provider's answer could not be read.", ambiguous=True)

@@ -14,7 +14,6 @@ from functions.deps import Services, build
 from shared.catalog import Catalog
 from shared.errors import GatewayError
 from shared.exchange import Exchange
-from shared.gateway import Gateway
 from shared.keys import Keys, time_ordered
 from shared.schema import JSON, Surface, parse
 from shared.settings import Settings
@@ -72,9 +71,9 @@ class Kit:
         self.requests: list[httpx.Request] = []
         self.reply = reply
         settings = Settings.read({"LR_KEY_PEPPER": PEPPER, "GATEWAY_CONFIG": config, **environ})
-        self.services: Services = build(settings, store)
         self.upstream = Upstream(settings, httpx.MockTransport(self._handle))
-        self.gateway = Gateway(self.services.catalog, self.services.limits, self.upstream, settings.total_timeout)
+        self.services: Services = build(settings, store, upstream=self.upstream)
+        self.gateway = self.services.gateway
 
     @property
     def keys(self) -> Keys:
@@ -89,7 +88,7 @@ class Kit:
         return self.reply(request)
 
     async def admit(self, key: str, body: JSON, surface: Surface = "chat") -> Exchange:
-        plan = self.gateway.plan(parse(surface, orjson.dumps(body)))
+        plan = await self.gateway.plan(parse(surface, orjson.dumps(body)))
         return await self.gateway.admit(plan, self.keys.credential(f"Bearer {key}"), time_ordered(time.time()))
 
     async def ask(self, key: str, body: JSON, surface: Surface = "chat") -> Outcome:

@@ -41,8 +41,10 @@ def visible(listing: Listing, key: VirtualKey) -> bool:
 
 def shown(listing: Listing, created: int) -> JSON:
     """OpenAI's model object, with the gateway's own facts; what is not known is null."""
-    first = listing.deployments[0] if listing.deployments else None
-    owner = first.provider.name if first else listing.backends[0].partition("/")[0]
+    first = listing.deployments[0] if listing.deployments and not listing.automatic else None
+    owner = (
+        "lightrail" if listing.automatic else first.provider.name if first else listing.backends[0].partition("/")[0]
+    )
     return {
         "id": listing.id,
         "object": "model",
@@ -50,8 +52,8 @@ def shown(listing: Listing, created: int) -> JSON:
         "owned_by": owner,
         "provider": owner,
         "context_window": first.context_window if first else None,
-        "supports_streaming": bool(first and "streaming" in first.capabilities),
-        "capabilities": list(first.capabilities) if first else [],
+        "supports_streaming": listing.automatic or bool(first and "streaming" in first.capabilities),
+        "capabilities": ["chat", "streaming"] if listing.automatic else list(first.capabilities) if first else [],
         "pricing": pricing(first),
         "backends": list(listing.backends),
         "active": listing.active,

@@ -16,7 +16,7 @@ from shared.catalog import Deployment
 from shared.config import Provider
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.dialect import Outgoing, Piece, Translate
+from shared.providers.dialect import Outgoing, Piece, Translate, guarded
 from shared.providers.parameters import ours, refuse, told, unsupported
 from shared.schema import JSON, Call
 from shared.sse import Decoder
@@ -51,32 +51,22 @@ class OpenAIDialect:
         path = PATHS["chat" if through_chat else call.surface]
         return Outgoing(row.base_url + path, {**JSON_BODY, **row.credentials}, orjson.dumps(body), dropped)
 
+    @guarded
     def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
-        try:
-            match call.surface:
-                case "embeddings":
-                    asked = call.body.get("encoding_format")
-                    return answers.embeddings(body, to.provider, as_base64=asked == "base64")
-                case "completions":
-                    return answers.text(body, to.provider, through_chat=_through_chat(call, to))
-                case "chat":
-                    return answers.chat(body, to.provider)
-        except MALFORMED as wrong:
-            raise _malformed() from wrong
+        match call.surface:
+            case "embeddings":
+                asked = call.body.get("encoding_format")
+                return answers.embeddings(body, to.provider, as_base64=asked == "base64")
+            case "completions":
+                return answers.text(body, to.provider, through_chat=_through_chat(call, to))
+            case "chat":
+                return answers.chat(body, to.provider)
 
     def stream(self, call: Call, to: Deployment) -> Translate:
         row = to.provider
-        translate = (
-            answers.ChatStream(row) if call.surface == "chat" else answers.TextStream(row, chat=_through_chat(call, to))
-        )
-
-        def guarded(event: str | None, data: JSON) -> list[Piece]:
-            try:
-                return translate(event, data)
-            except MALFORMED as wrong:
-                raise _malformed() from wrong
-
-        return guarded
+        if call.surface == "chat":
+            return guarded(answers.ChatStream(row))
+        return guarded(answers.TextStream(row, chat=_through_chat(call, to)))
 
     def decoder(self) -> Decoder:
         return Decoder()
@@ -86,14 +76,6 @@ class OpenAIDialect:
 
 
 DIALECT = OpenAIDialect()
-
-
-MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
-"""What reading a body raises that has a string where an object should be."""
-
-
-def _malformed() -> ProviderError:
-    return ProviderError("protocol", "The provider's answer is not in OpenAI's shape.", ambiguous=True)
 
 
 def _through_chat(call: Call, to: Deployment) -> bool:
@@ -128,12 +110,14 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, tuple[s
     own, drops = ours(call, to), row.dropped(to.model)
     if through_chat:
         drops.add("logprobs")  # chat's have another shape
-    dropped = {name for name in drops | UNHEEDED.difference(row.keeps) if given.get(name) is not None}
+    dropped = {name for name in drops if given.get(name) is not None}
     body: JSON = dict(row.defaults) if call.surface != "embeddings" else {}
     for name, value in given.items():
         if value is not None and name not in own and name not in drops:
             body[row.renames.get(name, name)] = value
     body["model"] = to.model
+    if wish := body.get("provider"):
+        body["provider"] = _preferences(wish, row)
     if not row.base64:
         body.pop("encoding_format", None)
     if through_chat:
@@ -144,8 +128,15 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, tuple[s
     return body, told(sorted(dropped), call, to)
 
 
-UNHEEDED = frozenset({"provider", "cache"})
-"""Extensions that the gateway itself does not act on: only a provider that knows them gets them."""
+def _preferences(wish: JSON, row: Provider) -> JSON:
+    """OpenRouter's own, https://openrouter.ai/docs/features/provider-routing, without what only we understand."""
+    sent = dict(wish)
+    for name in ("order", "only", "ignore"):
+        if sent.get(name):
+            sent[name] = [each for each in sent[name] if each.lower() != row.name]
+    if sent.get("sort") in ("local", "remote", "round_robin", "priority"):
+        del sent["sort"]
+    return sent
 
 
 def _limit_output(body: JSON, row: Provider, bound: int | None, *, chat: bool) -> None:

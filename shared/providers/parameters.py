@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from shared.catalog import Deployment
 from shared.errors import UnsupportedParameter
-from shared.schema import OURS, Call
+from shared.schema import JSON, OURS, Call
 
 PARAMETERS = {"json_object": "response_format", "json_schema": "response_format"}
 """Which parameter a feature is, where it has another name; what is no parameter is a part of a message."""
+
+
+EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95, "max": 1.0}
+"""The share of the output that an effort may think: https://openrouter.ai/docs/use-cases/reasoning-tokens"""
+
+
+NEUTRAL: JSON = {
+    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "store": False,
+    "parallel_tool_calls": True,
+}  # fmt: skip
+"""What asks for nothing, so that nothing is lost where it is dropped."""
+
+
+class Reasoning(NamedTuple):
+    """How much shall be thought, one of two ways: `effort` is one of `EFFORTS`, `budget` in tokens."""
+
+    effort: str | None = None
+    budget: int | None = None
 
 
 class Parameters:
@@ -30,9 +48,45 @@ class Parameters:
         """The value, or None where the caller gave none."""
         return self._left.pop(name, None)
 
+    def within(self, name: str, least: float, most: float) -> float | None:
+        """The value, or the nearest one that the provider takes: that it is another is told, as of a dropped one."""
+        value: float | None = self.take(name)
+        if value is None or least <= value <= most:
+            return value
+        self._kept_back[name] = value
+        return max(least, min(most, value))
+
+    def tell(self, name: str) -> None:
+        """Tell as dropped what is not heeded of a parameter that was taken."""
+        self._kept_back[name] = None
+
+    def reasoning(self) -> Reasoning:
+        """`reasoning_effort`, or OpenRouter's `reasoning`: {effort, max_tokens, enabled, exclude}, all optional.
+
+        What is neither's is not taken."""
+        match self._left.get("reasoning_effort") or self._left.get("reasoning"):
+            case {"max_tokens": int(budget)} if budget > 0:
+                found = Reasoning(budget=budget)
+            case (str(effort) | {"effort": str(effort)}) if effort in EFFORTS:
+                found = Reasoning(effort)
+            case {"enabled": bool(on)}:
+                found = Reasoning("medium" if on else "none")
+            case {"exclude": bool()}:
+                found = Reasoning()
+            case _:
+                return Reasoning()
+        self.take("reasoning_effort")
+        self.take("reasoning")
+        return found
+
+    def keep_back(self, *names: str) -> None:
+        """Tell these as dropped after all, of what the caller gave."""
+        self._kept_back |= {name: value for name in names if (value := self._call.body.get(name)) is not None}
+
     def dropped(self) -> tuple[str, ...]:
         """The names of what was not taken, to be told; with `strict`, raises UnsupportedParameter for it instead."""
-        names = sorted((*self._left, *self._kept_back))
+        given = {**self._left, **self._kept_back}
+        names = sorted(name for name, value in given.items() if NEUTRAL.get(name) != value)
         return told(names, self._call, self._to)
 
 
@@ -45,6 +99,12 @@ STORED = frozenset({"store"})
 NONE = frozenset[str]()
 
 
+def hides_reasoning(call: Call) -> bool:
+    """OpenRouter's `reasoning.exclude`: to think, and not to show it."""
+    asked = call.body.get("reasoning")
+    return isinstance(asked, dict) and cast("JSON", asked).get("exclude") is True
+
+
 def told(dropped: list[str], call: Call, to: Deployment) -> tuple[str, ...]:
     if dropped and call.body.get("strict"):
         raise unsupported(to, dropped[0], f"does not support '{dropped[0]}'")
@@ -53,7 +113,7 @@ def told(dropped: list[str], call: Call, to: Deployment) -> tuple[str, ...]:
 
 def refuse(call: Call, to: Deployment, also: set[str] | frozenset[str] = NONE) -> None:
     """Raise UnsupportedParameter for a feature in use that the row `refuses`, or that is among `also`."""
-    if lacking := call.features.intersection(to.provider.refuses) | also:
+    if lacking := call.features.intersection(to.provider.refused(to.model)) | also:
         feature = min(lacking)
         param = PARAMETERS.get(feature) or (feature if feature in call.body else "messages")
         raise unsupported(to, param, f"does not support '{feature}'")

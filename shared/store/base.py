@@ -6,7 +6,7 @@ key the store holds what is left, never what was used: conditions can compare, b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,10 @@ UNLIMITED = 10**18
 """A limit nobody reaches, so that "no limit" needs no second expression; fits SQLite's 64 bits."""
 NEVER = 10**11
 """An expiry moment nobody reaches."""
+MAX_NOTE = 350_000
+"""Bytes of a note's body: DynamoDB takes items of 400 KB."""
+MAX_CONTENT = 300_000
+"""Bytes of a message's content that are kept, for the same reason."""
 
 Reason = Literal["unknown", "disabled", "expired", "concurrency", "rpm", "tpm", "daily_budget", "balance"]
 
@@ -62,8 +66,8 @@ class Hold:
 @dataclass(frozen=True, slots=True)
 class VirtualKey:
     """A caller's key as it stands. `windows` maps "r<minute>", "t<minute>", "d<day>" to what is left of rpm, tpm and
-    the daily budget; a window not there is untouched. `open` maps request ids to their holds. Always
-    `balance + sum(hold.money of open) + spent == credit`."""
+    the daily budget; a window not there is untouched. `open` maps request ids to their holds, `turns` routes to how
+    many turns were taken there. Always `balance + sum(hold.money of open) + spent == credit`."""
 
     id: str
     hash: str
@@ -87,6 +91,7 @@ class VirtualKey:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     windows: Mapping[str, int] = field(default_factory=dict[str, int])
     open: Mapping[str, Hold] = field(default_factory=dict[str, Hold])
+    turns: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def masked(self) -> str:
@@ -114,12 +119,15 @@ class VirtualKey:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request at the door: who says to call, and what it may use at most."""
+    """One request at the door: who says to call, and what it may use at most.
+
+    `turn` names a route, of a set that does not grow, whose next turn is taken with the admission."""
 
     key_id: str
     key_hash: str
     request_id: str
     hold: Hold
+    turn: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +181,92 @@ class Generation:
     def day(self) -> int:
         return self.created // 86400
 
+    @property
+    def entry(self) -> Entry:
+        tokens = self.doc["tokens"]
+        used = tokens["prompt_tokens"], tokens["completion_tokens"]
+        return Entry(self.id, self.doc["model"], self.doc["provider"], *used, self.cost)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the books take of a row."""
+
+    id: str
+    model: str | None
+    provider: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    cost: int
+
+
+LAST = "~"
+"""Above all ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rollup:
-    """The rows of one key and day in sum, written once, after which those rows no longer count.
+    """The rows of one key and day with ids up to `upto` in sum, in whose place it counts.
 
     `groups`: `[{model, provider, requests, prompt_tokens, completion_tokens, cost}]`; `cost` is their total."""
 
     key_id: str
     day: int
-    cost: int
-    requests: int
-    groups: tuple[Mapping[str, Any], ...]
+    cost: int = 0
+    requests: int = 0
+    groups: tuple[Mapping[str, Any], ...] = ()
+    upto: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A small document under a name of 1 to 1024 bytes, until it expires; `version` grows with each write."""
+
+    name: str
+    body: bytes
+    expires: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a session. `id` is unique there and sorts by time; `doc` is what else is shown, and small."""
+
+    id: str
+    role: str
+    content: str
+    created: int
+    doc: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def kept(self) -> Message:
+        """As it is stored: of a long content the beginning, `doc["cut"]` the number of characters left out."""
+        content = self.content.encode()[:MAX_CONTENT].decode(errors="ignore")
+        missing = len(self.content) - len(content)
+        return replace(self, content=content, doc={**self.doc, "cut": missing}) if missing else self
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One entry of a user's list. `updated` is the moment of its latest message, `title` how its user began."""
+
+    id: str
+    updated: int
+    title: str
+
+
+def title_of(messages: Iterable[Message]) -> str:
+    return next((each.content[:80] for each in messages if each.role == "user" and each.content), "")
+
+
+def check_size(body: bytes) -> None:
+    if len(body) > MAX_NOTE:
+        raise ValueError(f"A note has at most {MAX_NOTE:,} bytes; this one has {len(body):,}.")
+
+
+def is_own(standing: Note, body: bytes, over: int | None) -> bool:
+    """Whether what refused a write is that very write, of which only the reply was lost."""
+    return standing.body == body and standing.version > (over or 0)
 
 
 def refusal(key: VirtualKey | None, ask: Ask) -> Reason | None:
@@ -288,7 +370,7 @@ def changed(key: VirtualKey, change: KeyChange, now: int) -> VirtualKey:
 
 
 class Store(Protocol):
-    """Every method may raise `errors.StoreUnavailable`, nothing else; each is safe to send twice."""
+    """Every method may raise `errors.StoreUnavailable`, nothing else unless it says so; each is safe to send twice."""
 
     async def add_key(self, key: VirtualKey) -> bool:
         """Put a new key; False when the id is taken, though not by this very key: that is a lost reply."""
@@ -309,7 +391,10 @@ class Store(Protocol):
         ...
 
     async def admit(self, ask: Ask) -> Admitted | Refused:
-        """Check and reserve in one atomic write. A request id that is already open is its own lost reply: admitted."""
+        """Check, reserve and take the turn in one atomic write; n admissions take n successive turns, a refusal none.
+
+        A request id that is already open is its own lost reply: admitted, with the key as it stands, whose turn may
+        by now be another's."""
         ...
 
     async def extend(self, key_id: str, request_id: str, old: Hold, new: Hold) -> bool:
@@ -324,7 +409,7 @@ class Store(Protocol):
         ...
 
     async def release(self, key_id: str, request_id: str, hold: Hold, now: int) -> bool:
-        """Undo an admission: everything back, the request not counted. False when it is not open."""
+        """Undo an admission: everything but the turn back, the request not counted. False when it is not open."""
         ...
 
     async def record(self, row: Generation, expires: int) -> Generation:
@@ -338,16 +423,61 @@ class Store(Protocol):
     async def generations(self, key_id: str, day: int, after: str = "", limit: int = 100) -> list[Generation]:
         """The rows of one key and day with ids above `after`, in order of id; may lag a moment.
 
-        `limit` of them, or fewer where those are the last. Expired ones too, until their day is summed up: the books
-        need them."""
+        `limit` of them, or fewer where those are the last. Expired ones too, until they are summed up."""
         ...
 
-    async def roll_up(self, rollup: Rollup) -> bool:
-        """Put a rollup once; False when that key and day have one."""
+    async def entries(self, key_id: str, day: int, after: str, upto: str, limit: int) -> list[Entry]:
+        """The same in little, for the books: ids above `after`, up to `upto`."""
+        ...
+
+    async def roll_up(self, rollup: Rollup, after: str) -> bool:
+        """Put a rollup in place of the one up to `after`, or, `after=""`, of none; False where that does not stand."""
         ...
 
     async def rollups(self, key_id: str, first_day: int, last_day: int) -> list[Rollup]:
         """The rollups of one key, by day, both ends included."""
+        ...
+
+    async def note(self, name: str) -> Note | None:
+        """Read one note consistently; an expired one is not there."""
+        ...
+
+    async def notes(self, names: Sequence[str]) -> list[Note]:
+        """Those of the names that are there, in any order, read consistently; up to 100 in one round trip."""
+        ...
+
+    async def write_note(self, name: str, body: bytes, expires: int, now: int, over: int | None = None) -> bool:
+        """Write over whatever stands; or only over that version; or, `over=0`, over nothing, which an expired one is.
+
+        False where something else stands. The same body, written since, is one's own lost reply, and true: whoever
+        must know which of two wrote it makes bodies unique. A name that was dropped or has long expired begins again
+        at version 1. Raises ValueError for a body above `MAX_NOTE`."""
+        ...
+
+    async def drop_note(self, name: str) -> None:
+        """Remove a note, whichever stands."""
+        ...
+
+    async def say(self, key_id: str, user: str, session: str, messages: Sequence[Message]) -> None:
+        """Put messages, as `kept`, into a session, and it into its user's list, in two writes side by side.
+
+        Here and below `user` and `session` are any strings of up to 256 characters. A crash between the two writes
+        may leave messages of a session that is not listed, though `said` and `forget` see them."""
+        ...
+
+    async def said(self, key_id: str, user: str, session: str, limit: int = 50) -> list[Message]:
+        """The newest messages of a session, in order of id, read consistently."""
+        ...
+
+    async def sessions(self, key_id: str, user: str, limit: int = 100) -> list[Session]:
+        """The user's latest sessions, newest first, read consistently. It costs a look at the whole list."""
+        ...
+
+    async def forget(self, key_id: str, user: str, session: str | None = None) -> int:
+        """Remove a session, or all that the user has; returns how many messages are gone.
+
+        The list goes last: while it names a session, there may be something left of it. What is said meanwhile may
+        stay."""
         ...
 
     async def close(self) -> None:

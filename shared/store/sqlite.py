@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -14,17 +14,25 @@ import orjson
 
 from shared.errors import StoreUnavailable
 from shared.store.base import (
+    LAST,
     Admitted,
     Ask,
+    Entry,
     Generation,
     Hold,
     KeyChange,
+    Message,
     Move,
+    Note,
     Refused,
     Rollup,
+    Session,
     VirtualKey,
     changed,
+    check_size,
+    is_own,
     stale,
+    title_of,
     verdict,
 )
 
@@ -34,7 +42,7 @@ Row = tuple[Any, ...]
 BUSY_SECONDS, BUSY_STEP = 3.0, 0.005
 """How long to wait for another process's transaction, and between two tries."""
 CLEANING, MOST_CLEANED = 100, 1000
-"""Every so many records, at most so many expired rows are deleted."""
+"""Every so many records and notes, at most so many expired ones of each are deleted."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -48,6 +56,9 @@ CREATE TABLE IF NOT EXISTS holds (
     key_id TEXT, request_id TEXT, money INTEGER NOT NULL, tokens INTEGER NOT NULL, start INTEGER NOT NULL,
     ttl INTEGER NOT NULL, PRIMARY KEY (key_id, request_id)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS turns (
+    key_id TEXT, route TEXT, turn INTEGER NOT NULL, PRIMARY KEY (key_id, route)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS generations (
     id TEXT PRIMARY KEY, key_id TEXT NOT NULL, created INTEGER NOT NULL, cost INTEGER NOT NULL, doc BLOB NOT NULL,
     day INTEGER NOT NULL, expires INTEGER NOT NULL
@@ -56,16 +67,33 @@ CREATE INDEX IF NOT EXISTS generations_by_day ON generations (key_id, day, id);
 CREATE INDEX IF NOT EXISTS generations_by_expiry ON generations (expires);
 CREATE TABLE IF NOT EXISTS rollups (
     key_id TEXT, day INTEGER, cost INTEGER NOT NULL, requests INTEGER NOT NULL, groups BLOB NOT NULL,
-    PRIMARY KEY (key_id, day)
+    upto TEXT NOT NULL, PRIMARY KEY (key_id, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS notes (
+    name TEXT PRIMARY KEY, body BLOB NOT NULL, expires INTEGER NOT NULL, version INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS notes_by_expiry ON notes (expires);
+CREATE TABLE IF NOT EXISTS messages (
+    key_id TEXT, user TEXT, session TEXT, id TEXT, role TEXT NOT NULL, content TEXT NOT NULL, created INTEGER NOT NULL,
+    doc BLOB NOT NULL, PRIMARY KEY (key_id, user, session, id)
+);
+CREATE TABLE IF NOT EXISTS sessions (
+    key_id TEXT, user TEXT, session TEXT, updated INTEGER NOT NULL, title TEXT NOT NULL,
+    PRIMARY KEY (key_id, user, session)
 ) WITHOUT ROWID;
 """
-COLUMNS = [each.name for each in fields(VirtualKey) if each.name != "open"]
+COLUMNS = [each.name for each in fields(VirtualKey) if each.name not in ("open", "turns")]
 FLAGS, DOCUMENTS = ("enabled", "deleted"), ("models", "metadata", "windows")
 READ_KEY = f"SELECT {', '.join(COLUMNS)} FROM keys WHERE id = ?"  # noqa: S608 our own names
 PUT_KEY = f"REPLACE INTO keys ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 the same
 READ_GENERATION = "SELECT id, key_id, created, cost, doc FROM generations "
-CLEAN = """DELETE FROM generations WHERE id IN (
-    SELECT id FROM generations NATURAL JOIN (SELECT key_id, day FROM rollups) WHERE expires <= ? LIMIT ?)"""
+READ_NOTE = "SELECT * FROM notes WHERE name = ?"
+CLEAN_GENERATIONS = """DELETE FROM generations WHERE id IN (
+    SELECT id FROM generations NATURAL JOIN (SELECT key_id, day, upto FROM rollups)
+    WHERE expires <= ? AND id <= upto LIMIT ?)"""
+CLEAN_NOTES = "DELETE FROM notes WHERE name IN (SELECT name FROM notes WHERE expires <= ? LIMIT ?)"
+PUT_SESSION = """INSERT INTO sessions VALUES (?, ?, ?, ?, ?) ON CONFLICT (key_id, user, session)
+    DO UPDATE SET updated = excluded.updated, title = ifnull(nullif(title, ''), excluded.title)"""
 
 
 class SQLiteStore:
@@ -76,7 +104,7 @@ class SQLiteStore:
     def __init__(self, path: str) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
-        self._recorded = 0
+        self._kept = 0
 
     async def add_key(self, key: VirtualKey) -> bool:
         def work(db: sqlite3.Connection) -> bool:
@@ -111,6 +139,8 @@ class SQLiteStore:
             if said := verdict(key, ask):
                 return said
             assert key is not None  # an unknown one is refused
+            if ask.turn is not None:
+                key = take_turn(db, key, ask.turn)
             return Admitted(make(db, Move.admitting(ask.hold), key, ask.request_id, ask.hold))
 
         return await self._write(work)
@@ -147,9 +177,7 @@ class SQLiteStore:
 
     async def record(self, row: Generation, expires: int) -> Generation:
         def work(db: sqlite3.Connection) -> Generation:
-            self._recorded += 1
-            if self._recorded % CLEANING == 0:
-                db.execute(CLEAN, (int(time.time()), MOST_CLEANED))
+            self._clean(db)
             values = (row.id, row.key_id, row.created, row.cost, orjson.dumps(row.doc), row.day, expires)
             db.execute("INSERT OR IGNORE INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
             return generation_of(db.execute(READ_GENERATION + "WHERE id = ?", (row.id,)).fetchone())
@@ -168,20 +196,101 @@ class SQLiteStore:
         asked = (key_id, day, after, limit)
         return [generation_of(row) for row in await self._read(lambda db: db.execute(page, asked).fetchall())]
 
-    async def roll_up(self, rollup: Rollup) -> bool:
-        values = (rollup.key_id, rollup.day, rollup.cost, rollup.requests, orjson.dumps(rollup.groups))
-        put = "INSERT OR IGNORE INTO rollups VALUES (?, ?, ?, ?, ?)"
-        return await self._write(lambda db: db.execute(put, values).rowcount == 1)
+    async def entries(self, key_id: str, day: int, after: str, upto: str, limit: int) -> list[Entry]:
+        rows = await self.generations(key_id, day, after, limit)
+        return [row.entry for row in rows if row.id <= upto]
+
+    async def roll_up(self, rollup: Rollup, after: str) -> bool:
+        values = (rollup.key_id, rollup.day, rollup.cost, rollup.requests, orjson.dumps(rollup.groups), rollup.upto)
+
+        def work(db: sqlite3.Connection) -> bool:
+            standing = "SELECT upto FROM rollups WHERE key_id = ? AND day = ?"
+            if (db.execute(standing, values[:2]).fetchone() or ("",)) != (after,):
+                return False
+            db.execute("REPLACE INTO rollups VALUES (?, ?, ?, ?, ?, ?)", values)
+            return True
+
+        return await self._write(work)
 
     async def rollups(self, key_id: str, first_day: int, last_day: int) -> list[Rollup]:
         page = "SELECT * FROM rollups WHERE key_id = ? AND day BETWEEN ? AND ? ORDER BY day"
         rows = await self._read(lambda db: db.execute(page, (key_id, first_day, last_day)).fetchall())
-        return [Rollup(*row, groups=tuple(orjson.loads(groups))) for *row, groups in rows]
+        return [Rollup(*row, groups=tuple(orjson.loads(groups)), upto=upto) for *row, groups, upto in rows]
+
+    async def note(self, name: str) -> Note | None:
+        return next(iter(await self.notes([name])), None)
+
+    async def notes(self, names: Sequence[str]) -> list[Note]:
+        def work(db: sqlite3.Connection) -> list[Note]:
+            found = (read_note(db, name) for name in dict.fromkeys(names))
+            return [note for note in found if note and note.expires > time.time()]
+
+        return await self._read(work)
+
+    async def write_note(self, name: str, body: bytes, expires: int, now: int, over: int | None = None) -> bool:
+        check_size(body)
+
+        def work(db: sqlite3.Connection) -> bool:
+            self._clean(db)
+            standing = read_note(db, name)
+            version = standing.version if standing and standing.expires > now else 0
+            if over is not None and over != version:
+                return standing is not None and is_own(standing, body, over)
+            values = (name, body, expires, standing.version + 1 if standing else 1)
+            db.execute("REPLACE INTO notes VALUES (?, ?, ?, ?)", values)
+            return True
+
+        return await self._write(work)
+
+    async def drop_note(self, name: str) -> None:
+        await self._write(lambda db: db.execute("DELETE FROM notes WHERE name = ?", (name,)))
+
+    async def say(self, key_id: str, user: str, session: str, messages: Sequence[Message]) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            for each in (message.kept for message in messages):
+                values = (key_id, user, session, each.id, each.role, each.content, each.created, orjson.dumps(each.doc))
+                db.execute("REPLACE INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            updated = max(each.created for each in messages)
+            db.execute(PUT_SESSION, (key_id, user, session, updated, title_of(messages)))
+
+        if messages:
+            await self._write(work)
+
+    async def said(self, key_id: str, user: str, session: str, limit: int = 50) -> list[Message]:
+        page = """SELECT id, role, content, created, doc FROM messages
+            WHERE key_id = ? AND user = ? AND session = ? ORDER BY id DESC LIMIT ?"""
+        rows = await self._read(lambda db: db.execute(page, (key_id, user, session, limit)).fetchall())
+        return [Message(*values, doc=orjson.loads(doc)) for *values, doc in reversed(rows)]
+
+    async def sessions(self, key_id: str, user: str, limit: int = 100) -> list[Session]:
+        page = """SELECT session, updated, title FROM sessions
+            WHERE key_id = ? AND user = ? ORDER BY updated DESC, session LIMIT ?"""
+        rows = await self._read(lambda db: db.execute(page, (key_id, user, limit)).fetchall())
+        return [Session(*row) for row in rows]
+
+    async def forget(self, key_id: str, user: str, session: str | None = None) -> int:
+        these = (key_id, user, session)
+
+        def work(db: sqlite3.Connection) -> int:
+            db.execute("DELETE FROM sessions WHERE key_id = ? AND user = ? AND session = ifnull(?, session)", these)
+            gone = db.execute(
+                "DELETE FROM messages WHERE key_id = ? AND user = ? AND session = ifnull(?, session)", these
+            )
+            return gone.rowcount
+
+        return await self._write(work)
 
     async def close(self) -> None:
         db, self._db = self._db, None
         if db is not None:
             db.close()
+
+    def _clean(self, db: sqlite3.Connection) -> None:
+        """Now and then."""
+        self._kept += 1
+        if self._kept % CLEANING == 0:
+            for clean in (CLEAN_GENERATIONS, CLEAN_NOTES):
+                db.execute(clean, (int(time.time()), MOST_CLEANED))
 
     async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         return await self._run("BEGIN", work)
@@ -222,6 +331,8 @@ def connect(path: str) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.executescript(SCHEMA)
+        if not db.execute("SELECT 1 FROM pragma_table_info('rollups') WHERE name = 'upto'").fetchone():
+            db.execute(f"ALTER TABLE rollups ADD COLUMN upto TEXT NOT NULL DEFAULT '{LAST}'")  # summed up once, then
     except sqlite3.Error:
         db.close()
         raise
@@ -236,11 +347,12 @@ def read_key(db: sqlite3.Connection, key_id: str) -> VirtualKey | None:
     values |= {name: bool(values[name]) for name in FLAGS} | {name: orjson.loads(values[name]) for name in DOCUMENTS}
     values["models"] = None if values["models"] is None else tuple(values["models"])
     holds = db.execute("SELECT request_id, money, tokens, start, ttl FROM holds WHERE key_id = ?", (key_id,))
-    return VirtualKey(**values, open={request_id: Hold(*hold) for request_id, *hold in holds})
+    turns = db.execute("SELECT route, turn FROM turns WHERE key_id = ?", (key_id,))
+    return VirtualKey(**values, open={request_id: Hold(*hold) for request_id, *hold in holds}, turns=dict(turns))
 
 
 def put_key(db: sqlite3.Connection, key: VirtualKey) -> None:
-    """All but its open holds."""
+    """All but its open holds and its turns."""
     values = {name: getattr(key, name) for name in COLUMNS}
     values |= {name: orjson.dumps(values[name]) for name in DOCUMENTS}
     db.execute(PUT_KEY, tuple(values.values()))
@@ -265,6 +377,17 @@ def make(db: sqlite3.Connection, move: Move, key: VirtualKey, request_id: str, h
         values = (key.id, request_id, hold.money, hold.tokens, hold.start, hold.ttl)
         db.execute("REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?)", values)
     return moved
+
+
+def take_turn(db: sqlite3.Connection, key: VirtualKey, route: str) -> VirtualKey:
+    turn = key.turns.get(route, 0) + 1
+    db.execute("REPLACE INTO turns VALUES (?, ?, ?)", (key.id, route, turn))
+    return replace(key, turns={**key.turns, route: turn})
+
+
+def read_note(db: sqlite3.Connection, name: str) -> Note | None:
+    row = db.execute(READ_NOTE, (name,)).fetchone()
+    return Note(*row) if row else None
 
 
 def generation_of(row: Row) -> Generation:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from shared.catalog import AUTO
 from tests.functions.doors import Door, opened, refusal
 from tests.upstream import Upstream
 
@@ -131,8 +132,8 @@ async def test_own_models_have_own_facts_and_no_price_is_null(models: Door) -> N
 @pytest.mark.parametrize(
     ("allowed", "seen"),
     [
-        (["openai/gpt-4o-mini"], {"openai/gpt-4o-mini", "fast"}),
-        (["lab/*"], {"lab/org/deep/model-7b", "lab/priced"}),
+        (["openai/gpt-4o-mini"], {"openai/gpt-4o-mini", "fast", *AUTO}),
+        (["lab/*"], {"lab/org/deep/model-7b", "lab/priced", *AUTO}),
         (["fast"], {"fast"}),
         (["sleeping"], {"sleeping"}),
         (["mistral/*"], set()),

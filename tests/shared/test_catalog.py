@@ -84,7 +84,6 @@ def test_no_credential_shows_in_a_repr() -> None:
 def test_a_provider_and_a_model_name_one_deployment() -> None:
     catalog = load()
     route = catalog.resolve("OpenAI/gpt-4o")
-    assert route.named
     assert route.asked == "OpenAI/gpt-4o"
     (to,) = route.deployments
     assert (to.id, to.provider.name, to.model, to.context_window) == ("openai/gpt-4o", "openai", "gpt-4o", 8000)
@@ -122,7 +121,6 @@ def test_only_plain_model_ids_reach_a_provider(model: str) -> None:
 def test_a_bare_name_means_all_that_serve_it_by_priority() -> None:
     catalog = load()
     assert ids(catalog, "shared-model") == ["groq/shared-model", "together/shared-model"]
-    assert not catalog.resolve("shared-model").named
     assert ids(catalog, "meta-llama/Llama-3.3-70B-Instruct-Turbo") == [
         "together/meta-llama/Llama-3.3-70B-Instruct-Turbo"
     ]
@@ -157,7 +155,6 @@ def test_aliases_are_ordered_and_skip_what_is_off(tmp_path: Path) -> None:
     catalog = load(toml, tmp_path)
     assert ids(catalog, "fast") == ["groq/llama-3.3-70b-versatile", "openai/gpt-4o-mini"]
     assert [to.weight for to in catalog.resolve("fast").deployments] == [3, 1]
-    assert not catalog.resolve("fast").named
     assert ids(catalog, "gpt-4o") == ["groq/shared-model"]
     with pytest.raises(ModelNotFound, match="set MISTRAL_API_KEY"):
         catalog.resolve("gone")
@@ -173,7 +170,7 @@ def test_models_lists_what_is_on() -> None:
     assert "together/shared-model" in listed
     assert not [name for name in listed if name.startswith(("mistral/", "azure/"))]
     assert "openai/gpt-4o-transcribe" not in listed  # not on our surfaces
-    assert load(FIREWORKS_API_KEY="f").models()[0].id == "fireworks/accounts/fireworks/models/gpt-oss-20b"
+    assert next(name.id for name in load(FIREWORKS_API_KEY="f").models() if "/" in name.id) == "fireworks/accounts/fireworks/models/gpt-oss-20b"
 
 
 def test_a_deployer_changes_rows_and_adds_providers(tmp_path: Path) -> None:

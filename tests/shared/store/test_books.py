@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sqlite3
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import anyio
 import pytest
 
 from shared import books
-from shared.store.base import Refused, Store, VirtualKey
-from shared.store.sqlite import SQLiteStore
+from shared.errors import StoreUnavailable
+from shared.store.base import LAST, Entry, Refused, Rollup, Store, VirtualKey
+from shared.store.sqlite import CLEANING, SQLiteStore
 from tests.shared.store.callers import (
     DAY,
     KEPT,
@@ -149,59 +152,108 @@ async def test_the_check_finds_what_is_missing_and_says_nothing_while_requests_r
     assert await books.check(store, await read(store, key), NOW) == 7
 
 
-async def test_a_ripe_day_is_summed_up_once_and_counted_once(store: Store):
+async def test_what_is_old_enough_is_summed_up_and_counted_once(store: Store):
     key = await new_key(store)
     for cost, model in ((5, "a"), (6, "a"), (7, "b")):
         await finish(store, key, cost, model=model)
-    day, later = NOW // DAY, NOW + 2 * DAY
+    day, later = NOW // DAY, NOW + books.LAG
     await finish(store, key, 100, now=later)
-    await books.roll_up(store, key.id, later - DAY)
-    assert await store.rollups(key.id, 0, day + 9) == []
     before = await spend(store, key, day, day + 2)
-    for _ in range(2):
-        await books.roll_up(store, key.id, later)
+    await books.roll_up(store, await read(store, key), later)
+    assert await store.rollups(key.id, 0, day + 9) == []
+    for moment in (later + 1, later + 1, later + DAY):
+        await books.roll_up(store, await read(store, key), moment)
+        assert await spend(store, key, day, day + 2) == before
+        assert await books.check(store, await read(store, key), moment) == 0
     (rollup,) = await store.rollups(key.id, 0, day + 9)
-    assert (rollup.day, rollup.cost, rollup.requests) == (day, 18, 3)
-    assert await spend(store, key, day, day + 2) == before
+    assert (rollup.day, rollup.cost, rollup.requests) == (day, 118, 4)
     assert [(group["day"], group["model"], group["requests"], group["cost"]) for group in before] == [
         (day, "a", 2, 11),
         (day, "b", 1, 7),
-        (day + 2, "m", 1, 100),
+        (day, "m", 1, 100),
     ]
     assert (before[0]["provider"], before[0]["prompt_tokens"], before[0]["completion_tokens"]) == ("p", 2, 4)
-    assert await books.check(store, await read(store, key), later) == 0
 
 
 async def test_sums_outlive_their_rows(store: Store):
     key = await new_key(store)
     await finish(store, key, 5)
-    await books.roll_up(store, key.id, NOW + 3 * DAY)
+    await books.roll_up(store, key, NOW + 3 * DAY)
     later = NOW + 20 * DAY
     assert await books.check(store, await read(store, key), later) == 0
     groups = [group async for group in books.usage(store, key.id, 0, later // DAY, oldest=later // DAY)]
     assert [group["cost"] for group in groups] == [5]
 
 
-async def test_a_day_waits_for_its_open_holds(store: Store):
+async def test_sums_wait_for_open_holds_and_for_the_rows_of_those_just_closed(store: Store):
     key = await new_key(store)
-    await finish(store, key, 5)
+    await finish(store, key, 5, now=NOW - books.LAG)
     await open_one(store, key, money=8)
+    await finish(store, key, 3, now=NOW + 1)
     later = NOW + 2 * DAY
-    await books.roll_up(store, key.id, later)
-    assert await store.rollups(key.id, 0, later // DAY) == []
-    await books.sweep(store, await read(store, key), later, KEPT)
-    await books.roll_up(store, key.id, later)
-    assert [rollup.cost for rollup in await store.rollups(key.id, 0, later // DAY)] == [5]
-    assert await books.check(store, await read(store, key), later) == 0  # the lost one is in today's rows
+    seen = await read(store, key)
+    await books.sweep(store, seen, later, KEPT)
+    await books.roll_up(store, seen, later)
+    assert [rollup.cost for rollup in await store.rollups(key.id, 0, later // DAY)] == []
+    await books.roll_up(store, await read(store, key), later)
+    sums = {rollup.day: rollup.cost for rollup in await store.rollups(key.id, 0, later // DAY)}
+    assert sums == {NOW // DAY: 8, later // DAY: 8}, "what was lost belongs to the day it was found"
+    assert await books.check(store, await read(store, key), later) == 0
 
 
-@pytest.mark.parametrize("count", [0, 100, 101])
+@pytest.mark.parametrize("count", [0, books.PAGE, books.PAGE + 1])
 async def test_days_of_many_pages_are_summed_up_whole(sqlite: Store, count: int):
     key = await new_key(sqlite)
     for _ in range(count):
         await sqlite.record(row(ask(key), 1), KEPT)
-    await books.roll_up(sqlite, key.id, NOW + 2 * DAY)
+    await books.roll_up(sqlite, key, NOW + 2 * DAY)
     assert [rollup.cost for rollup in await sqlite.rollups(key.id, 0, NOW)] == ([count] if count else [])
+
+
+async def test_a_sum_that_is_cut_goes_on_where_it_was(sqlite: Store):
+    """By the clock, or by a store that fails: no page is read twice, and none is left out."""
+    key = await new_key(sqlite)
+    for _ in range(3 * books.PAGE):
+        await sqlite.record(row(ask(key), 1), KEPT)
+    pages = Pages(sqlite, most=2)
+    with pytest.raises(StoreUnavailable):
+        await books.roll_up(pages, key, NOW + 2 * DAY)
+    assert [rollup.cost for rollup in await sqlite.rollups(key.id, 0, NOW)] == [2 * books.PAGE]
+    assert [group["cost"] for group in await spend(sqlite, key, NOW // DAY, NOW // DAY)] == [3 * books.PAGE]
+    pages.most = 99
+    await books.roll_up(pages, key, NOW + 2 * DAY)
+    assert [rollup.cost for rollup in await sqlite.rollups(key.id, 0, NOW)] == [3 * books.PAGE]
+    assert len([page for page in pages.read if page]) == 3
+
+
+class Pages:
+    """A store that gives out so many pages of entries and then fails."""
+
+    def __init__(self, store: Store, most: int) -> None:
+        self._store = store
+        self.most = most
+        self.read: list[list[Entry]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def entries(self, *asked: Any) -> list[Entry]:
+        page = await self._store.entries(*asked)
+        if page and len(self.read) >= self.most:
+            raise StoreUnavailable("cut")
+        if page:
+            self.read.append(page)
+        return page
+
+
+async def test_two_who_sum_up_at_once_count_each_row_once(store: Store):
+    key = await new_key(store)
+    for cost in range(1, 8):
+        await finish(store, key, cost)
+    door = Forgetful(store)
+    await at_once([partial(books.roll_up, door, key, NOW + DAY) for _ in range(5)])
+    assert [rollup.cost for rollup in await store.rollups(key.id, 0, NOW // DAY)] == [28]
+    assert await books.check(store, await read(store, key), NOW + DAY) == 0
 
 
 async def test_a_long_pause_loses_no_money(tmp_path: Path):
@@ -213,8 +265,37 @@ async def test_a_long_pause_loses_no_money(tmp_path: Path):
         await store.record(row(asked, 5), expires=NOW + 1)
         await settle(store, asked, 5)
     back = NOW + 30 * DAY
-    await books.roll_up(store, key.id, back, days=60)
+    await books.roll_up(store, key, back, days=60)
     spent = await read(store, key)
     assert spent.spent == 750
     assert sum(group["cost"] for group in await spend(store, key, NOW // DAY, back // DAY)) == 750
     await store.close()
+
+
+async def test_what_expires_before_it_is_summed_up_stays(tmp_path: Path):
+    """Of a day that is summed up to its noon, too."""
+    store = SQLiteStore(str(tmp_path / "test.db"))
+    key = await new_key(store)
+    for moment in (NOW, NOW + books.LAG):
+        asked = await open_one(store, key, money=5, now=moment)
+        await store.record(row(asked, 5), expires=NOW + 1)
+        await settle(store, asked, 5)
+    await books.roll_up(store, key, NOW + books.LAG + 1)
+    other = await new_key(store)
+    for _ in range(CLEANING):
+        await store.record(row(ask(other), 1), KEPT)
+    assert [row.created for row in await store.generations(key.id, NOW // DAY)] == [NOW + books.LAG]
+    assert await books.check(store, await read(store, key), NOW + DAY) == 0
+    await store.close()
+
+
+async def test_a_file_from_before_sums_could_grow_is_read_on(tmp_path: Path):
+    file = tmp_path / "test.db"
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("CREATE TABLE rollups (key_id TEXT, day INTEGER, cost INTEGER, requests INTEGER, groups BLOB)")
+        db.execute("INSERT INTO rollups VALUES ('k', 1, 5, 1, '[]')")
+        db.commit()
+    for _ in range(2):
+        store = SQLiteStore(str(file))
+        assert await store.rollups("k", 0, 2) == [Rollup("k", 1, 5, 1, (), LAST)]
+        await store.close()

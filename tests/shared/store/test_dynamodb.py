@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,30 +16,42 @@ import yaml
 from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.errors import StoreUnavailable
-from shared.store.base import Admitted, Refused, Store, VirtualKey
-from shared.store.dynamodb import DynamoStore, address, connect, create_table_at, item_of
+from shared.store.base import Admitted, Message, Refused, Store, VirtualKey
+from shared.store.dynamodb import (
+    PAUSES,
+    DynamoStore,
+    address,
+    connect,
+    create_table_at,
+    item_of,
+    message_item,
+    note_at,
+)
 from tests.server import free_port
-from tests.shared.store.callers import NOW, ask, hold, new_key, open_one, row
+from tests.shared.store.callers import KEPT, NOW, ask, hold, new_key, row
 from tests.shared.store.conftest import REGION, RESOURCES
 
 KEY = VirtualKey("k", "h", "n", rpm=1)
+SAID = Message("m", "user", "hello", NOW)
 FAILED = 400, {"__type": "com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException"}
 
 
 class Endpoint:
-    """Answers each operation by `replies[operation]`, status and body; counts what it is asked."""
+    """Answers each operation by `replies[operation]`, status and body, or a list of them; keeps what it is asked."""
 
     def __init__(self) -> None:
-        self.replies: dict[str, tuple[int, Any]] = {}
+        self.replies: dict[str, tuple[int, Any] | list[tuple[int, Any]]] = {}
         self.asked: Counter[str] = Counter()
+        self.bodies: list[Any] = []
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 operation = self.headers["x-amz-target"].partition(".")[2]
-                self.rfile.read(int(self.headers["content-length"]))
+                endpoint.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
                 endpoint.asked[operation] += 1
-                status, body = endpoint.replies[operation]
+                reply = endpoint.replies[operation]
+                status, body = reply.pop(0) if isinstance(reply, list) else reply
                 data = json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/x-amz-json-1.0")
@@ -77,6 +91,13 @@ EVERY_STEP: list[Callable[[Store], Any]] = [
     lambda store: store.settle(KEY.id, "r", hold(), 1, 1, NOW),
     lambda store: store.record(row(ask(KEY), 1), NOW),
     lambda store: store.generations(KEY.id, 1),
+    lambda store: store.note("n"),
+    lambda store: store.notes(["n"]),
+    lambda store: store.write_note("n", b"", NOW, NOW),
+    lambda store: store.drop_note("n"),
+    lambda store: store.say(KEY.id, "u", "s", [SAID]),
+    lambda store: store.said(KEY.id, "u", "s"),
+    lambda store: store.forget(KEY.id, "u"),
 ]
 
 
@@ -140,11 +161,67 @@ async def test_an_unexplained_settle_gives_up(endpoint: Endpoint, spoken_for: St
         await spoken_for.settle("k", "r", hold(5), 1, 1, NOW)
 
 
+async def test_a_turn_is_taken_in_the_write_that_admits_and_costs_nothing_where_there_is_none(
+    endpoint: Endpoint, spoken_for: Store
+):
+    endpoint.replies["UpdateItem"] = 200, {"Attributes": item_of(KEY)}
+    asked = ask(KEY)
+    await spoken_for.admit(asked)
+    await spoken_for.admit(replace(asked, turn="auto"))
+    without, with_turn = endpoint.bodies
+    assert without["ExpressionAttributeNames"] == {"#id": asked.request_id}
+    with_turn["UpdateExpression"] = with_turn["UpdateExpression"].removesuffix(" ADD #turn :one")
+    assert with_turn["ExpressionAttributeNames"].pop("#turn") == "rr:auto"
+    assert with_turn == without
+
+
+@pytest.mark.parametrize(("body", "written"), [(b"mine", True), (b"another's", False)])
+async def test_a_silent_engine_is_asked_which_note_stands(
+    endpoint: Endpoint, spoken_for: Store, body: bytes, written: bool
+):
+    stands = note_at("n") | {"b": {"B": b64encode(b"mine").decode()}, "ttl": {"N": str(NOW)}, "v": {"N": "1"}}
+    endpoint.replies = {"UpdateItem": FAILED, "GetItem": (200, {"Item": stands})}
+    assert await spoken_for.write_note("n", body, NOW, NOW, 0) == written
+    endpoint.replies["GetItem"] = 200, {}
+    assert not await spoken_for.write_note("n", body, NOW, NOW, 0)
+
+
+async def test_notes_that_a_busy_engine_left_over_are_asked_for_again(endpoint: Endpoint, spoken_for: Store):
+    def reply(name: str, *rest: str) -> tuple[int, Any]:
+        item = note_at(name) | {"b": {"B": ""}, "ttl": {"N": str(KEPT)}, "v": {"N": "1"}}
+        left = {"lightrail": {"Keys": [note_at(name) for name in rest], "ConsistentRead": True}}
+        return 200, {"Responses": {"lightrail": [item]}, "UnprocessedKeys": left if rest else {}}
+
+    endpoint.replies["BatchGetItem"] = [reply("a", "b"), reply("b")]
+    assert [note.name for note in await spoken_for.notes(["a", "b"])] == ["a", "b"]
+    asked = [body["RequestItems"]["lightrail"] for body in endpoint.bodies]
+    assert [each["Keys"] for each in asked] == [[note_at("a"), note_at("b")], [note_at("b")]]
+    assert all(each["ConsistentRead"] for each in asked)
+
+
+async def test_messages_that_a_busy_engine_left_over_are_put_again(endpoint: Endpoint, spoken_for: Store):
+    put = {"PutRequest": {"Item": message_item("k", "u", "s", SAID)}}
+    endpoint.replies["BatchWriteItem"] = [(200, {"UnprocessedItems": {"lightrail": [put]}}), (200, {})]
+    endpoint.replies["UpdateItem"] = 200, {}
+    await spoken_for.say("k", "u", "s", [SAID, replace(SAID, id="n")])
+    puts = [body["RequestItems"]["lightrail"] for body in endpoint.bodies if "RequestItems" in body]
+    assert [len(each) for each in puts] == [2, 1]
+    assert puts[1] == [put]
+
+
+async def test_an_engine_that_stays_busy_is_a_store_fault(endpoint: Endpoint, spoken_for: Store):
+    left = {"lightrail": {"Keys": [note_at("a")]}}
+    endpoint.replies["BatchGetItem"] = 200, {"Responses": {"lightrail": []}, "UnprocessedKeys": left}
+    with pytest.raises(StoreUnavailable):
+        await spoken_for.notes(["a"])
+    assert endpoint.asked == {"BatchGetItem": len(PAUSES)}
+
+
 async def test_a_key_with_16_open_requests_costs_one_write_unit(moto_table: str):
     store = DynamoStore(*address(moto_table))
     key = await new_key(store, rpm=1000, tpm=10**6, daily_budget=10**12, balance=10**12)
     for _ in range(16):
-        await open_one(store, key, money=10**9, tokens=4096)
+        await store.admit(replace(ask(key, money=10**9, tokens=4096), turn="auto:round-robin"))
     item = item_of(await store.key(key.id) or KEY)
     assert size(item) <= 1024
     await store.close()

@@ -16,7 +16,7 @@ from tests.shared.store.callers import DAY, KEPT, MINUTE, NOW, TTL, new_key, rea
 small = st.integers(0, 60)
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("admit"), st.integers(0, 40), st.integers(0, 40)),
+        st.tuples(st.just("admit"), st.integers(0, 40), st.integers(0, 40), st.sampled_from([None, "auto", "fast"])),
         st.tuples(st.just("admit_again"), st.integers(0, 9)),
         st.tuples(st.just("extend"), st.integers(0, 9), st.integers(0, 30)),
         st.tuples(st.just("settle"), st.integers(0, 9), small, small),
@@ -41,6 +41,7 @@ class Model:
     requests: int = 0
     credit: int = 200
     used: Counter[str] = field(default_factory=Counter)
+    turns: Counter[str] = field(default_factory=Counter)
     open: dict[str, Hold] = field(default_factory=dict)
     asked: list[Ask] = field(default_factory=list)
 
@@ -68,14 +69,16 @@ class Model:
         }
         return next((reason for reason, refused in refusals.items() if refused), "admitted")
 
-    async def admit(self, money: int, tokens: int) -> None:
-        asked = Ask(self.key.id, self.key.hash, f"{self.key.id}-{len(self.asked)}", Hold(money, tokens, self.now, TTL))
+    async def admit(self, money: int, tokens: int, turn: str | None) -> None:
+        request_id, hold = f"{self.key.id}-{len(self.asked)}", Hold(money, tokens, self.now, TTL)
+        asked = Ask(self.key.id, self.key.hash, request_id, hold, turn)
         expected, answer = self.expected(money, tokens), await self.store.admit(asked)
         assert (answer.reason if isinstance(answer, Refused) else "admitted") == expected
         if expected == "admitted":
             self.asked.append(asked)
             self.open[asked.request_id] = asked.hold
             self.used.update(dict(zip(self.windows(self.now), (1, tokens, money), strict=True)))
+            self.turns.update(filter(None, [turn]))
 
     async def admit_again(self, number: int) -> None:
         """A reply that was lost: another admission only of what is not open any more, which no gateway sends."""
@@ -145,6 +148,7 @@ class Model:
         key = await read(self.store, self.key)
         assert (key.open, key.spent, key.requests, key.credit) == (self.open, self.spent, self.requests, self.credit)
         assert key.balance == self.credit - self.spent - self.held
+        assert key.turns == self.turns
         names = self.windows(self.now)
         assert [key.left_in(name) for name in names] == [self.left(name) for name in names]
 

@@ -24,10 +24,10 @@ from shared.store.sqlite import SQLiteStore
 
 async def main(path, key_id, key_hash, name, now):
     store = SQLiteStore(path)
-    asks = [Ask(key_id, key_hash, f"{name}{number}", Hold(1, 1, int(now), 60)) for number in range(80)]
+    asks = [Ask(key_id, key_hash, f"{name}{number}", Hold(1, 1, int(now), 60), "auto") for number in range(80)]
     answers = [await store.admit(ask) for ask in asks]
     await store.close()
-    print(sum(isinstance(answer, Admitted) for answer in answers))
+    print(*(answer.key.turns["auto"] for answer in answers if isinstance(answer, Admitted)))
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -51,7 +51,7 @@ async def test_a_closed_store_opens_again_when_it_is_asked(sqlite: Store):
     assert await sqlite.key(key.id) == key
 
 
-async def test_two_processes_share_one_limit(sqlite: Store, tmp_path: Path):
+async def test_two_processes_share_one_limit_and_take_turns(sqlite: Store, tmp_path: Path):
     key = await new_key(sqlite, rpm=100, concurrency=1000)
     arguments = ["-c", OTHER_PROCESS, str(tmp_path / "store.db"), key.id, key.hash]
     others = [
@@ -60,8 +60,8 @@ async def test_two_processes_share_one_limit(sqlite: Store, tmp_path: Path):
         )
         for name in ("a", "b")
     ]
-    admitted = [int((await other.communicate())[0]) for other in others]
-    assert sum(admitted) == 100
+    turns = [int(turn) for other in others for turn in (await other.communicate())[0].split()]
+    assert sorted(turns) == list(range(1, 101))
     assert (await read(sqlite, key)).left("r", NOW // 60) == 0
 
 
@@ -95,6 +95,16 @@ async def test_a_file_that_is_no_database_is_a_store_fault(tmp_path: Path):
         await store.close()
 
 
+async def test_expired_notes_are_deleted_in_time(sqlite: Store, tmp_path: Path):
+    for number in range(CLEANING):
+        await sqlite.write_note(f"n{number}", b"", KEPT if number % 2 else 1, NOW)
+    await sqlite.write_note("late", b"", 1, NOW)
+    db = sqlite3.connect(tmp_path / "store.db")
+    left = db.execute("SELECT expires, count(*) FROM notes GROUP BY expires ORDER BY expires").fetchall()
+    assert left == [(1, 1), (KEPT, CLEANING // 2)]
+    db.close()
+
+
 async def test_expired_records_are_deleted_in_time(sqlite: Store, tmp_path: Path):
     key = await new_key(sqlite)
     for number in range(CLEANING):
@@ -102,7 +112,7 @@ async def test_expired_records_are_deleted_in_time(sqlite: Store, tmp_path: Path
     db = sqlite3.connect(tmp_path / "store.db")
     left = "SELECT count(*) FROM generations WHERE expires = 1"
     assert db.execute(left).fetchone() == (CLEANING // 2,), "not before their day is summed up"
-    await books.roll_up(sqlite, key.id, NOW + 3 * DAY)
+    await books.roll_up(sqlite, key, NOW + 3 * DAY)
     for _ in range(CLEANING):
         await sqlite.record(row(ask(key, now=NOW + DAY), 1), KEPT)
     assert db.execute(left).fetchone() == (0,)

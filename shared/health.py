@@ -1,0 +1,186 @@
+"""What is resting, and how fast the rest are: what this process saw of each deployment. No I/O; `now` is epoch seconds.
+
+A deployment rests after failures; a provider, by its name, when it refuses our account. After a rest one request is let
+through as a probe: its success ends the matter, its failure doubles the rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import exp
+from typing import NamedTuple
+
+from shared.errors import ProviderError
+
+FAILURES = 3
+"""In a row, after which a deployment rests."""
+REST, LONGEST_REST = 10.0, 120.0
+"""Seconds; doubled with each probe that fails."""
+AT_ONCE: Mapping[str, float] = {"rate_limit": 5.0, "overloaded": 0.0, "model_gone": 600.0, "auth": 60.0, "money": 600.0}
+"""Faults that need no repetition, with the seconds of rest where the provider names none; 0: only where it does."""
+ACCOUNT = frozenset({"auth", "money"})
+"""Faults of our account at the provider: all its deployments rest."""
+NEUTRAL = frozenset(
+    {"bad_request", "body_too_large", "context", "policy", "too_large", "pool_timeout", "total_timeout"}
+)
+"""The caller's doing or the gateway's own: no sign of the deployment's health."""
+
+FADE = 300.0
+"""Seconds in which what was measured loses two thirds of its weight against the prior."""
+PRIOR_LATENCY, PRIOR_THROUGHPUT, PRIOR_WEIGHT = 1.0, 50.0, 0.5
+"""Of a deployment never measured: seconds to the first content, output tokens per second; and what they weigh."""
+
+
+class Rest(NamedTuple):
+    """Until when, and why."""
+
+    until: float
+    fault: str
+
+    @property
+    def absolute(self) -> bool:
+        """Whether nothing may be sent meanwhile, not even where nobody else is left: no money comes from asking."""
+        return self.fault == "money"
+
+
+@dataclass(slots=True)
+class _Breaker:
+    failures: int = 0
+    rested: int = 0
+    rest: Rest | None = None
+    probing: bool = False
+
+
+@dataclass(slots=True)
+class _Mean:
+    """A mean of what was measured lately; the prior, where that is little or long ago."""
+
+    prior: float
+    total: float = 0.0
+    weight: float = 0.0
+    at: float = 0.0
+
+    def add(self, value: float, now: float) -> None:
+        faded = exp(min(0.0, self.at - now) / FADE)
+        self.total, self.weight, self.at = self.total * faded + value, self.weight * faded + 1, now
+
+    def value(self, now: float) -> float:
+        faded = exp(min(0.0, self.at - now) / FADE)
+        return (self.prior * PRIOR_WEIGHT + self.total * faded) / (PRIOR_WEIGHT + self.weight * faded)
+
+
+class Health:
+    """Keyed by deployment id (`groq/llama-3.3-70b`), the account's faults by provider name."""
+
+    def __init__(self) -> None:
+        self._breakers: dict[str, _Breaker] = {}
+        self._latency: dict[str, _Mean] = {}
+        self._throughput: dict[str, _Mean] = {}
+
+    def resting(self, target: str, now: float) -> Rest | None:
+        """Its rest, its account's too; a rest that is over counts on while another request probes it."""
+        if not self._breakers:
+            return None
+        own, account = self._breakers.get(target), self._breakers.get(target.partition("/")[0])
+        for breaker in (account, own):
+            if breaker and breaker.rest and (breaker.rest.until > now or breaker.probing):
+                return breaker.rest
+        return None
+
+    def begin(self, target: str, now: float) -> None:
+        """A request is on its way: a probe, where a rest is just over."""
+        for breaker in self._of(target):
+            breaker.probing = breaker.rest is not None and breaker.rest.until <= now
+
+    def end(self, target: str) -> None:
+        """It ended without a verdict."""
+        for breaker in self._of(target):
+            breaker.probing = False
+
+    def succeeded(self, target: str) -> list[str]:
+        """All is well again; returns what had rested until now."""
+        woken = [name for name, breaker in self._named(target) if breaker.rest]
+        for name, _ in self._named(target):
+            del self._breakers[name]
+        return woken
+
+    def failed(self, target: str, error: ProviderError, now: float) -> tuple[str, Rest] | None:
+        """Count a failure; returns what has to rest now, if anything does."""
+        self.end(target)
+        fault = error.fault
+        if fault in NEUTRAL:
+            return None
+        name = target.partition("/")[0] if fault in ACCOUNT else target
+        breaker = self._breakers.setdefault(name, _Breaker())
+        breaker.failures += 1
+        seconds = error.retry_after or AT_ONCE.get(fault, 0.0)
+        if not seconds and breaker.failures < FAILURES:
+            return None
+        if not error.retry_after:
+            seconds = min(max(seconds, LONGEST_REST), (seconds or REST) * 2**breaker.rested)
+        breaker.rested += 1
+        breaker.rest = rest = Rest(now + seconds, fault)
+        return name, rest
+
+    def rests(self, now: float) -> dict[str, Rest]:
+        return {name: b.rest for name, b in self._breakers.items() if b.rest and b.rest.until > now}
+
+    def learn(self, rests: Mapping[str, Rest], now: float) -> None:
+        """What other processes found out."""
+        for name, rest in rests.items():
+            breaker = self._breakers.setdefault(name, _Breaker()) if rest.until > now else None
+            if breaker and (breaker.rest is None or breaker.rest.until < rest.until):
+                breaker.rest, breaker.failures = rest, max(breaker.failures, FAILURES - 1)
+
+    def wake(self, names: Iterable[str]) -> None:
+        """Somebody knows better."""
+        for name in names:
+            self._breakers.pop(name, None)
+
+    def measure(self, target: str, latency: float, throughput: float | None, now: float) -> None:
+        """Seconds to the first content; output tokens per second after it, where there were enough to tell."""
+        self._latency.setdefault(target, _Mean(PRIOR_LATENCY)).add(latency, now)
+        if throughput is not None:
+            self._throughput.setdefault(target, _Mean(PRIOR_THROUGHPUT)).add(throughput, now)
+
+    def latency(self, target: str, now: float) -> float:
+        mean = self._latency.get(target)
+        return mean.value(now) if mean else PRIOR_LATENCY
+
+    def throughput(self, target: str, now: float) -> float:
+        mean = self._throughput.get(target)
+        return mean.value(now) if mean else PRIOR_THROUGHPUT
+
+    def _named(self, target: str) -> list[tuple[str, _Breaker]]:
+        names = (target, target.partition("/")[0])
+        return [(name, self._breakers[name]) for name in names if name in self._breakers]
+
+    def _of(self, target: str) -> list[_Breaker]:
+        return [breaker for _, breaker in self._named(target)]
+
+
+class RetryBudget:
+    """Second tries are a tenth of the requests of the last ten seconds, or three: a dying provider meets no storm."""
+
+    SECONDS, SHARE, FLOOR = 10.0, 0.1, 3
+
+    def __init__(self) -> None:
+        self._requests: deque[float] = deque()
+        self._retries: deque[float] = deque()
+
+    def request(self, now: float) -> None:
+        self._requests.append(now)
+        while self._requests[0] <= now - self.SECONDS:
+            self._requests.popleft()
+
+    def take(self, now: float) -> bool:
+        """Whether one more may be made; if so, it is counted."""
+        for moments in (self._requests, self._retries):
+            while moments and moments[0] <= now - self.SECONDS:
+                moments.popleft()
+        if len(self._retries) >= max(self.FLOOR, len(self._requests) * self.SHARE):
+            return False
+        self._retries.append(now)
+        return True
