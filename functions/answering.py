@@ -1,43 +1,103 @@
-"""What the three model routes share: read, plan, admit, answer."""
+"""What the routes that ask a model share: read, plan, admit, answer."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
 from functions.deps import Services, body
-from functions.responses import EventStream, JSONBytes, Listener, answer_headers, stopping
+from functions.responses import Events, EventStream, JSONBytes, Listener, answer_headers, never, stopping
 from shared.errors import GatewayError, InvalidRequest, NoProvider, NotFound
 from shared.exchange import Exchange
-from shared.gateway import Gateway
+from shared.gateway import Gateway, Plan, Reading
+from shared.idempotency import Replay
 from shared.keys import Credential
 from shared.schema import JSON, Surface, parse
 
 
 async def answer(surface: Surface, request: Request, caller: Credential, services: Services) -> Response:
-    """Answer one model call; raises GatewayError for whatever refuses it. What is admitted, the envelope settles."""
-    told: JSON = request.state.told
-    raw = await body(request, services.settings)
-    try:
-        plan = await services.gateway.plan(parse(surface, raw))
-    except (InvalidRequest, NotFound, NoProvider):
-        await services.keys.identify(caller)  # a bad key is told 401, whatever else is wrong
-        raise
-    request_id = told["id"].removeprefix("gen-")
-    exchange = told["exchange"] = await services.gateway.admit(plan, caller, request_id)
-    if ends := request.scope["state"].get("deadlines"):  # the platform's, if it has any
-        exchange.deadline = min(exchange.deadline, ends[plan.call.stream])
-    if plan.call.stream:
-        return EventStream(services.gateway, exchange)
-    return await whole(request, services.gateway, exchange)
+    """Answer one model call in OpenAI's shape; raises GatewayError for whatever refuses it."""
+    asked = Asked(request, caller, services, await body(request, services.settings))
+    plan = await asked.checked(lambda raw: services.gateway.plan(parse(surface, raw)))
+    return await asked.answered(plan)
 
 
-async def whole(request: Request, gateway: Gateway, exchange: Exchange) -> Response:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request to a model route, on its way to an answer. What is admitted, the envelope settles."""
+
+    request: Request
+    caller: Credential
+    services: Services
+    raw: bytes
+
+    async def checked(self, plan: Callable[[bytes], Coroutine[Any, Any, Plan]]) -> Plan:
+        """What is planned for the body; a bad key is told 401, whatever else is wrong."""
+        try:
+            return await plan(self.raw)
+        except (InvalidRequest, NotFound, NoProvider):
+            await self.services.keys.identify(self.caller)
+            raise
+
+    async def answered(
+        self,
+        plan: Plan,
+        *,
+        context: Reading | None = None,
+        events: Events | None = None,
+        shape: Callable[[JSON, Exchange], JSON] | None = None,
+    ) -> Response:
+        """Whole or streamed, as the call says; `events` and `shape` are other dialects than OpenAI's."""
+        services, told = self.services, self.request.state.told
+        request_id: str = told["id"].removeprefix("gen-")
+        ticket = None
+        if (given := self.request.headers.get("idempotency-key")) is not None:
+            seconds = services.settings.total_timeout + LAST_WORDS
+            path = self.request.url.path
+            begun = await services.idempotency.begin(given, self.caller, path, self.raw, request_id, seconds)
+            if isinstance(begun, Replay):
+                return await self._replayed(begun)
+            ticket = begun
+        try:
+            exchange = await services.gateway.admit(plan, self.caller, request_id, context)
+        except BaseException:
+            if ticket:
+                await ticket.drop()
+            raise
+        told["exchange"], exchange.ticket = exchange, ticket
+        if ends := self.request.scope["state"].get("deadlines"):  # the platform's, if it has any
+            exchange.deadline = min(exchange.deadline, ends[plan.call.stream])
+        if plan.call.stream:
+            return EventStream(services.gateway, exchange, events)
+        return await whole(self.request, services.gateway, exchange, shape)
+
+    async def _replayed(self, first: Replay) -> Response:
+        """The same answer once more, to a key that is still good."""
+        await self.services.keys.identify(self.caller)
+        self.request.state.told["id"] = f"gen-{first.request_id}"
+        return Response(first.body, first.status, {**first.headers, "idempotent-replayed": "true"})
+
+
+LAST_WORDS = 60.0
+"""Seconds past its own time in which a request settles and its answer is kept."""
+
+
+async def whole(
+    request: Request, gateway: Gateway, exchange: Exchange, shape: Callable[[JSON, Exchange], JSON] | None = None
+) -> Response:
     try:
-        async with Listener(request.receive):
-            return JSONBytes(await gateway.complete(exchange), headers=answer_headers(exchange))
+        async with Listener(request.receive if exchange.ticket is None else never):
+            completed = await gateway.complete(exchange)
+            response = JSONBytes(shape(completed, exchange) if shape else completed, headers=answer_headers(exchange))
+            if exchange.ticket:
+                exchange.ticket.head(200, dict(response.headers))
+                exchange.ticket.add(bytes(response.body))
+            return response
         exchange.interrupt()
         return Response(status_code=499)  # the caller hung up: nobody is there to read it
     except asyncio.CancelledError as stopped:

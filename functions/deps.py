@@ -11,20 +11,18 @@ from typing import Annotated, TypeAlias
 
 from fastapi import Depends, Request
 
-from shared.cache import Cache
 from shared.catalog import Catalog
 from shared.errors import BodyTooLarge, InvalidKey, UnsupportedContentType
 from shared.gateway import Gateway
+from shared.idempotency import Idempotency
 from shared.keys import Credential, Keys
 from shared.limits import Limits
 from shared.prices import PriceTable
 from shared.settings import Settings
-from shared.state import State
 from shared.store import open_store
 from shared.store.base import Store, VirtualKey
 from shared.telemetry import Telemetry
 from shared.upstream import Upstream
-from shared.vault import Vault
 
 LAST_WORDS = 10.0
 """Seconds that open requests have to settle when the process ends."""
@@ -39,6 +37,7 @@ class Services:
     upstream: Upstream
     limits: Limits
     gateway: Gateway
+    idempotency: Idempotency
     telemetry: Telemetry
     started: float = field(default_factory=time.time)
 
@@ -76,7 +75,8 @@ def build(
         catalog=catalog,
         upstream=upstream,
         limits=limits,
-        gateway=Gateway(catalog, limits, upstream, State(store), Cache(store), Vault(store), settings.total_timeout),
+        gateway=Gateway(catalog, limits, upstream, store, settings.total_timeout),
+        idempotency=Idempotency(store),
         telemetry=Telemetry(settings, secrets),
     )
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shared import limits, sse
 from shared.errors import GatewayError, Overloaded
 from shared.exchange import Exchange
 from shared.gateway import Gateway
+from shared.schema import JSON
 from shared.telemetry import logger
 
 LAST_WORDS = 5.0
@@ -82,14 +83,42 @@ def answer_headers(exchange: Exchange, *, known: bool = True) -> dict[str, str]:
     return headers
 
 
-class EventStream(Response):
-    """A model's answer as it comes. Status and headers wait for the first content, `HOLD` seconds at most."""
+class Events(Protocol):
+    """A stream's dialect towards the caller."""
 
-    def __init__(self, gateway: Gateway, exchange: Exchange) -> None:
+    def of(self, chunks: list[JSON], exchange: Exchange) -> bytes:
+        """OpenAI's chunks as they are to be sent; once `exchange.answer.ended`, the end too."""
+        ...
+
+    def failure(self, error: GatewayError, exchange: Exchange, *, begun: bool) -> bytes | None:
+        """How the stream ends with an error; None: with the error's own status, for nothing has `begun`."""
+        ...
+
+
+class Chunks:
+    """OpenAI's own."""
+
+    def of(self, chunks: list[JSON], exchange: Exchange) -> bytes:
+        events = b"".join(map(sse.encode, chunks))
+        return events + sse.DONE if exchange.answer and exchange.answer.ended else events
+
+    def failure(self, error: GatewayError, exchange: Exchange, *, begun: bool) -> bytes | None:
+        if not begun:
+            return None
+        return sse.encode(exchange.answer.error(error) if exchange.answer else error.body())
+
+
+class EventStream(Response):
+    """A model's answer as it comes. Status and headers wait for the first content, `HOLD` seconds at most.
+
+    An answer that is kept for whoever asks again is made to its end, whether or not the caller stays."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, events: Events | None = None) -> None:
         self.background = None
         self.raw_headers = []
         self._gateway = gateway
         self._exchange = exchange
+        self._events = events or Chunks()
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +127,8 @@ class EventStream(Response):
         beat = asyncio.ensure_future(self._beat())
         exchange = self._exchange
         try:
-            async with Listener(receive) as listener, asyncio.timeout_at(exchange.deadline + LAST_WORDS):
+            ear = Listener(receive if exchange.ticket is None else never)
+            async with ear as listener, asyncio.timeout_at(exchange.deadline + LAST_WORDS):
                 await self._relay(beat)
             if listener.hung_up:
                 exchange.interrupt()
@@ -119,20 +149,21 @@ class EventStream(Response):
     async def _relay(self, beat: asyncio.Future[None]) -> None:
         async with aclosing(self._gateway.stream(self._exchange)) as batches:
             async for batch in batches:
-                events = b"".join(map(sse.encode, batch))
-                if (answer := self._exchange.answer) and answer.ended:
-                    events += sse.DONE
-                await self._write(events)
+                if events := self._events.of(batch, self._exchange):
+                    if self._exchange.ticket:
+                        self._exchange.ticket.add(events)
+                    await self._write(events)
         beat.cancel()
         await self._end()
 
     async def _fail(self, error: GatewayError) -> None:
         """With its own status where that is still free, else as the last event."""
         exchange = self._exchange
-        if not self._begun:
+        events = self._events.failure(error, exchange, begun=self._begun)
+        if events is None:
             error.headers = {**answer_headers(exchange), **error.headers}
             raise error
-        await self._write(sse.encode(exchange.answer.error(error) if exchange.answer else error.body()))
+        await self._write(events)
         await self._end()
 
     async def _beat(self) -> None:
@@ -154,12 +185,19 @@ class EventStream(Response):
                 "x-accel-buffering": "no",
                 **answer_headers(self._exchange, known=not self._exchange.committed),
             }
+            if self._exchange.ticket:
+                self._exchange.ticket.head(200, headers)
             raw = [(name.encode(), value.encode()) for name, value in headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": raw})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def never() -> Message:
+    """What is to be heard of a caller whose leaving changes nothing."""
+    return await asyncio.Future()
 
 
 def stopping() -> Overloaded:

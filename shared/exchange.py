@@ -11,6 +11,7 @@ from shared import generations
 from shared.cache import Kept, Lookup
 from shared.catalog import Deployment
 from shared.errors import GatewayError, ProviderError
+from shared.idempotency import Ticket
 from shared.limits import GRACE
 from shared.prices import Cost
 from shared.providers.dialect import Outgoing
@@ -116,6 +117,7 @@ class Exchange:
         self.routing: Routing | None = None
         self.lookup: Lookup | None = None
         self.kept: Kept | None = None
+        self.ticket: Ticket | None = None
         self.attempts: list[Attempt] = []
         self.dropped: tuple[str, ...] = ()
         self.answer: Answer | None = None

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
+from shared import history
 from shared.answer import Answer
 from shared.cache import Cache, Kept
 from shared.catalog import Catalog, Deployment, Route, Strategy
@@ -44,7 +45,7 @@ from shared.router import (
 )
 from shared.schema import JSON, Call
 from shared.state import State
-from shared.store.base import Hold, VirtualKey
+from shared.store.base import Hold, Store, VirtualKey
 from shared.tokens import Prompt
 from shared.upstream import Upstream
 from shared.vault import Vault
@@ -99,9 +100,7 @@ class Gateway:
         catalog: Catalog,
         limits: Limits,
         upstream: Upstream,
-        state: State,
-        cache: Cache,
-        vault: Vault,
+        store: Store,
         total_timeout: float,
         examine: Callable[[Call], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.time,
@@ -110,14 +109,15 @@ class Gateway:
         self._catalog = catalog
         self._limits = limits
         self._upstream = upstream
-        self._cache = cache
-        self._vault = vault
+        self._store = store
+        self._cache = Cache(store, clock)
+        self._vault = Vault(store, clock)
         self._examine = examine
         self._total_timeout = total_timeout
         self._clock = clock
         self._dice = dice
         self._retries = RetryBudget()
-        self.state = state
+        self.state = State(store, clock)
         self.open: set[Exchange] = set()
         self.answered = 0
         self._idle = asyncio.Event()
@@ -340,6 +340,8 @@ class Gateway:
             self.state.health.end(exchange.deployment.id)
             if exchange.lookup:
                 exchange.lookup.land(None)
+            if exchange.ticket:  # before it is paid: whatever happens now, it is paid once
+                await (exchange.ticket.keep() if exchange.status == "ok" else exchange.ticket.drop())
             row, used = exchange.row(self._clock())
             now = int(self._clock())
             await self._limits.settle(exchange.key, exchange.request_id, exchange.hold, row, used, now)
@@ -348,6 +350,11 @@ class Gateway:
                 await exchange.lookup.keep()
             if exchange.remembers and exchange.answer and not (exchange.error or exchange.kept):
                 await self._vault.keep(exchange.key.id, exchange.answer.message, exchange.deployment.provider)
+            if exchange.keeps_history and exchange.answer:
+                text = exchange.answer.message.get("content") or ""
+                await history.keep(
+                    self._store, exchange.key.id, exchange.call, exchange.request_id, text, dict(row.doc)
+                )
             await self.state.share()
             return dict(row.doc)
         finally:
