@@ -19,7 +19,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from functions.deps import Offer, Services, build
 from functions.openapi import schema
 from functions.responses import JSONBytes
-from functions.routes import MODEL_PATHS, admin, answers, generation, health, key, keys, models
+from functions.routes import (
+    MODEL_PATHS,
+    admin,
+    answers,
+    capabilities,
+    chats,
+    generation,
+    health,
+    history,
+    key,
+    keys,
+    metrics,
+    models,
+    routing,
+    switches,
+)
 from shared import generations
 from shared.errors import GatewayError, InvalidRequest, MethodNotAllowed, NotFound
 from shared.exchange import Exchange
@@ -85,11 +100,13 @@ def assemble(
     app.add_exception_handler(GatewayError, refuse)
     app.add_exception_handler(HTTPException, unrouted)
     app.include_router(health.router)
-    for module in (*((answers,) if asks_models else ()), models, generation, key):
+    for module in (*((answers,) if asks_models else ()), models, capabilities, routing, generation, key):
         app.include_router(module.router, prefix="/v1")
         app.include_router(module.router, include_in_schema=False)
-    app.include_router(keys.router)
-    app.include_router(admin.router)
+    if asks_models:
+        app.include_router(chats.router)
+    for module in (history, keys, admin, switches, metrics):
+        app.include_router(module.router)
     app.openapi = lambda: schema(app)  # made when first asked for, not at a cold start
     return app
 
@@ -114,7 +131,7 @@ async def unrouted(request: Request, error: Exception) -> JSONBytes:
 
 def answers_to(request: Request, method: str) -> bool:
     """Whether any route takes this method at the request's path; the framework would name the first route's only."""
-    scope = {**request.scope, "method": method}
+    scope = {**request.scope, "method": "GET" if method == "HEAD" else method}
     return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
@@ -150,11 +167,15 @@ class Envelope:
         }
         state = scope.setdefault("state", {})
         state["told"] = told
+        if scope["method"] == "HEAD":  # what GET would be told, without the body
+            scope = {**scope, "method": "GET"}
 
         async def enveloped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 told["status"] = message["status"]
                 message["headers"] = [*message["headers"], *self._headers(message, told, began)]
+            elif told["method"] == "HEAD":
+                message["body"] = b""
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 told["ms"] = round((time.perf_counter() - began) * 1000, 2)
@@ -178,14 +199,17 @@ class Envelope:
                 raise
             await JSONBytes(error.body(), status_code=error.status)(scope, receive, enveloped)
         finally:
+            told["route"] = getattr(scope.get("route"), "path", "other")  # as it is declared, not as it was called
             await unstoppable(self._finish(services, told, began))
 
     async def _finish(self, services: Services, told: dict[str, Any], began: float) -> None:
         """After the caller's last byte: record and settle a model call, then tell the log."""
         told["ms"] = told["ms"] or round((time.perf_counter() - began) * 1000, 2)
+        doc = None
         if exchange := told.pop("exchange", None):
-            told |= generations.summary(await services.gateway.close(exchange))
-        services.telemetry.request(told)
+            doc = await services.gateway.close(exchange)
+            told |= generations.summary(doc)
+        services.telemetry.request(told, doc, len(services.gateway.open))
 
     def _headers(self, message: Message, told: dict[str, Any], began: float) -> list[tuple[bytes, bytes]]:
         total = (time.perf_counter() - began) * 1000

@@ -7,17 +7,21 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from fastapi import Depends, Request
 
+from shared import metrics, tokens
 from shared.catalog import Catalog
+from shared.config import in_file
 from shared.errors import BodyTooLarge, InvalidKey, UnsupportedContentType
 from shared.gateway import Gateway
 from shared.idempotency import Idempotency
 from shared.keys import Credential, Keys
 from shared.limits import Limits
 from shared.prices import PriceTable
+from shared.safety import Safety
 from shared.settings import Settings
 from shared.store import open_store
 from shared.store.base import Store, VirtualKey
@@ -65,6 +69,9 @@ def build(
     catalog = Catalog.load(settings, PriceTable.vendored())
     if demo and not catalog.on():
         catalog = Catalog.load(settings, PriceTable.vendored(), also=("demo",))
+    with in_file(Path(settings.gateway_config)):
+        safety, measured = Safety(catalog.file.safety), metrics.chosen(catalog.file.metrics, settings)
+        tokens.use(catalog.file.estimators)
     store = store or open_store(settings.database_url, settings.table_name)
     limits, upstream = Limits(store, settings.generation_ttl_days), upstream or Upstream(settings)
     secrets = [settings.lr_key_pepper, settings.lr_admin_key or "", *settings.provider_variables.values()]
@@ -75,9 +82,9 @@ def build(
         catalog=catalog,
         upstream=upstream,
         limits=limits,
-        gateway=Gateway(catalog, limits, upstream, store, settings.total_timeout),
+        gateway=Gateway(catalog, limits, upstream, store, settings.total_timeout, safety.examine),
         idempotency=Idempotency(store),
-        telemetry=Telemetry(settings, secrets),
+        telemetry=Telemetry(settings, secrets, measured, catalog.knows),
     )
 
 

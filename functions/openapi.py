@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
-from functions.keyform import KeyPatch, KeyRequest
 from shared.schema import JSON, SHAPES, Surface
 
 ANSWERS = {"chat": "ChatCompletion", "completions": "TextCompletion", "embeddings": "EmbeddingList"}
@@ -19,16 +19,23 @@ def _ref(name: str) -> JSON:
     return {"$ref": REF.format(model=name)}
 
 
-def described(surface: Surface) -> JSON:
-    """The `openapi_extra` of a model route."""
+def described(surface: Surface, *, answers: bool = True) -> JSON:
+    """The `openapi_extra` of a model route; without `answers`, of one that only takes the same body."""
+    if not answers:
+        return takes(SHAPES[surface])
     content: JSON = {"application/json": {"schema": _ref(ANSWERS[surface])}}
     if surface != "embeddings":
         content["text/event-stream"] = {"schema": {"type": "string", "description": "data: chunks, then data: [DONE]"}}
-    return takes(SHAPES[surface].__name__) | {"responses": {"200": {"description": "The answer", "content": content}}}
+    return takes(SHAPES[surface]) | {"responses": {"200": {"description": "The answer", "content": content}}}
 
 
-def takes(shape: str) -> JSON:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(shape)}}}}
+def takes(shape: type[BaseModel]) -> JSON:
+    """The `openapi_extra` of a route whose body has this shape."""
+    TAKEN[shape.__name__] = shape
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(shape.__name__)}}}}
+
+
+TAKEN: dict[str, type[BaseModel]] = {}
 
 
 def _object(required: str, **properties: JSON) -> JSON:
@@ -116,7 +123,7 @@ def schema(app: FastAPI) -> JSON:
         for name in ("HTTPValidationError", "ValidationError"):
             shapes.pop(name, None)
         shapes |= SHAPES_OUT
-        for shape in (*SHAPES.values(), KeyRequest, KeyPatch):
+        for shape in (*SHAPES.values(), *TAKEN.values()):
             described_shape = shape.model_json_schema(ref_template=REF)
             shapes |= described_shape.pop("$defs", {})
             shapes[shape.__name__] = described_shape

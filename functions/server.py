@@ -70,7 +70,7 @@ async def keep_books(services: Services) -> None:
         try:
             async for key in services.store.keys():
                 await services.limits.sweep(key, now)
-                await books.roll_up(services.store, key.id, now, days)
+                await books.roll_up(services.store, key, now, days)
             days = services.settings.generation_ttl_days
         except StoreUnavailable as trouble:
             logger.warning("books.postponed", extra={"reason": str(trouble)})

@@ -41,6 +41,8 @@ AUTO: Mapping[str, Strategy] = {
     "auto:remote": "remote", "auto:round-robin": "round_robin",
 }  # fmt: skip
 """The routes over all that the key may use, and how each is put in order."""
+BEHIND = 1_000_000
+"""The priority from which on come, in an automatic route, the models that are nobody's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,11 @@ class Listing(NamedTuple):
         return self.id in AUTO
 
     @property
+    def one(self) -> bool:
+        """Whether the name is that of one deployment."""
+        return self.backends == (self.id,)
+
+    @property
     def active(self) -> bool:
         return bool(self.deployments)
 
@@ -84,7 +91,7 @@ class Catalog:
         members: Sequence[str] = (),
     ) -> None:
         """`members`: who takes turns in `/rr-chat/stream`, as `provider/model`; else all defaults do."""
-        file = file or GatewayFile()
+        self.file = file = file or GatewayFile()
         self.providers = {row.name: row for row in sorted(providers, key=lambda row: row.priority)}
         self._on = tuple(row for row in self.providers.values() if not row.missing)
         self._table = prices
@@ -115,10 +122,19 @@ class Catalog:
         """The providers that can be asked, by priority."""
         return self._on
 
+    def listed(self, row: Provider) -> list[Deployment]:
+        """The known models of a provider, be it on or off."""
+        return [self.deployment(row, model) for model, rows in self._serving.items() if any(row is o for o in rows)]
+
     def why_off(self, provider: str) -> str | None:
         """What to do to switch a provider on ("set GROQ_API_KEY"); None where it is on or unknown."""
         row = self.providers.get(provider.lower())
         return f"set {' and '.join(row.missing)}" if row and row.missing else None
+
+    def knows(self, provider: str, model: str) -> bool:
+        """Whether it is listed or an alias names it; other models are there because a caller wrote so."""
+        named = ((entry.provider, entry.model) for entries in self._aliases.values() for entry in entries)
+        return any(row.name == provider for row in self._serving.get(model, ())) or (provider, model) in named
 
     def resolve(self, name: str) -> Route:
         """`provider/model`, a bare model name or an alias to a route; raises ModelNotFound or NoProvider."""
@@ -137,8 +153,8 @@ class Catalog:
                 return route
         else:
             rows = self._serving.get(name, ())
-            found = (self._deployment(row, name) for row in rows if not row.missing)
-            route = Route(name, tuple(replace(to, priority=to.priority or to.provider.priority) for to in found))
+            found = (self.deployment(row, name) for row in rows if not row.missing)
+            route = Route(name, tuple(map(_placed, found)))
         if not route.deployments:
             raise self._unknown(name)
         return self._routes.setdefault(name, route)
@@ -149,7 +165,7 @@ class Catalog:
 
     def defaults(self) -> tuple[Deployment, ...]:
         """The default model of each provider that is on, by priority of the providers."""
-        return tuple(self._deployment(row, row.default_model) for row in self._on if row.default_model)
+        return tuple(_placed(self.deployment(row, row.default_model)) for row in self._on if row.default_model)
 
     def taking_turns(self) -> Route:
         """Who answers `/rr-chat/stream`, each in turn; raises NoProvider, or ModelNotFound for a wrong member."""
@@ -174,23 +190,23 @@ class Catalog:
 
     def _known(self) -> list[Deployment]:
         found = [
-            self._deployment(row, model) for model, rows in self._serving.items() for row in rows if not row.missing
+            self.deployment(row, model) for model, rows in self._serving.items() for row in rows if not row.missing
         ]
         return sorted(found, key=lambda to: (to.provider.priority, to.id))
 
     def _everything(self) -> tuple[Deployment, ...]:
-        """All that can be asked, the providers' default models first; `priority` is the place in the list."""
+        """All that can be asked: the providers' default models, then the others in their order."""
         defaults = self.defaults()
         ids = {to.id for to in defaults}
-        found = (*defaults, *(to for to in self._known() if to.id not in ids))
-        return tuple(replace(to, priority=to.priority or place) for place, to in enumerate(found, 1))
+        others = [to for to in self._known() if to.id not in ids]
+        return *defaults, *(replace(to, priority=to.priority or BEHIND + place) for place, to in enumerate(others))
 
     def _named(self, row: Provider, model: str) -> Deployment:
         if row.missing:
             raise ModelNotFound(f"The provider '{row.name}' is off: {self.why_off(row.name)}.", param="model")
         if not PLAIN_ID.fullmatch(model):
             raise ModelNotFound("The model is not a plain model id.", param="model")
-        return self._deployment(row, model)
+        return self.deployment(row, model)
 
     def _unknown(self, name: str) -> ModelNotFound:
         if name in self._aliases:
@@ -204,7 +220,7 @@ class Catalog:
     def _alias(self, name: str) -> list[Deployment]:
         rows = [(self.providers[entry.provider], entry) for entry in self._aliases[name] if entry.enabled]
         return [
-            replace(self._deployment(row, entry.model), weight=entry.weight, priority=entry.priority)
+            replace(self.deployment(row, entry.model), weight=entry.weight, priority=entry.priority)
             for row, entry in rows
             if not row.missing
         ]
@@ -245,7 +261,8 @@ class Catalog:
                 serving.setdefault(model, []).append(row)
         return serving
 
-    def _deployment(self, row: Provider, model: str) -> Deployment:
+    def deployment(self, row: Provider, model: str) -> Deployment:
+        """What is known of one model at one provider, on or off."""
         facts = self._facts.get(f"{row.name}/{model}", NO_FACTS)
         return Deployment(
             row,
@@ -265,6 +282,11 @@ class Catalog:
         if row.free:
             return FREE
         return (self._table.price(row.prices, model) if row.prices else None) or self._default_price
+
+
+def _placed(to: Deployment) -> Deployment:
+    """In its own place, else in its provider's."""
+    return replace(to, priority=to.priority or to.provider.priority)
 
 
 def _listed(row: Provider, model: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -49,6 +50,8 @@ Thinking: TypeAlias = Literal["never", "budget", "adaptive", "disabled", "betwee
 """Never; with a budget of tokens; as much as it likes (adaptive): where that is on by itself, the word that ends it, or
 `always` where none does."""
 
+Family: TypeAlias = Literal["claude", "gpt", "gpt-oss", "mistral", "nova", "nova-2", "qwen"]
+
 
 class Provider(Row):
     """A company's endpoint, our account there, and everything in which its wire differs from OpenAI's.
@@ -61,6 +64,7 @@ class Provider(Row):
     base_url: str = ""  # the API root, without a slash at the end
     root_path: str = ""  # what a base URL that names only a host lacks
     auth: Literal["bearer", "api-key", "x-api-key", "x-goog-api-key"] = "bearer"  # the header that carries the key
+    region: str | None = Field(default=None, pattern=r"^[a-z0-9-]{1,32}$")  # AWS's; else that of the settings
     api_key: SecretStr | None = Field(default=None, repr=False)  # from the environment only
     requires: tuple[Literal["api_key", "base_url"], ...] = ("api_key",)  # the variables that switch it on
     enabled: bool | None = None  # false: off; true: on without its variables
@@ -105,6 +109,8 @@ class Provider(Row):
     thinking: Mapping[str, Thinking] = {}  # how Claude models are asked to think, and told not to; the first that fits
     thinking_levels: Mapping[str, tuple[str, ...]] = {}  # words for effort that the models know, weakest first
     thinking_budgets: Mapping[str, tuple[int, int]] = {}  # tokens to think with, least and most; 0: thinking may be off
+    families: Mapping[str, Family] = {}  # whose own parameters a model of Bedrock takes; the first that fits
+    strict_tools: tuple[str, ...] = ()  # models of Bedrock that can be held to a tool's schema
     signed_calls: tuple[str, ...] = ()  # models that refuse a call in the history without its signature
 
     @property
@@ -149,6 +155,13 @@ class Provider(Row):
             if fnmatchcase(model, pattern):
                 return how
         return "always"
+
+    def family(self, model: str) -> Family | None:
+        return next((family for pattern, family in self.families.items() if fnmatchcase(model, pattern)), None)
+
+    def keeps_to_schemas(self, model: str) -> bool:
+        """Whether it can be told to call its tools as their schemas say, and not otherwise."""
+        return any(fnmatchcase(model, pattern) for pattern in self.strict_tools)
 
     def variable(self, what: str) -> str:
         """`GROQ_API_KEY`."""
@@ -196,9 +209,28 @@ class Facts(Row):
 NO_FACTS = Facts()
 
 
-class GatewayFile(Row):
-    """`gateway.toml`. Prices and models are keyed `provider/model`; the price `default` is for all that have none."""
+class Check(Row):
+    """A `[[safety]]`: whatever of it is set must hold for all text of a request together."""
 
+    name: str = Field(min_length=1, max_length=64)  # which a refused caller is told
+    max_bytes: int | None = Field(default=None, ge=1)  # of UTF-8
+    max_characters: int | None = Field(default=None, ge=1)
+    contains: tuple[
+        Annotated[str, Field(min_length=1)], ...
+    ] = ()  # what must not occur, even within a word, in any case
+    matches: tuple[str, ...] = ()  # regular expressions, of which none may be found
+    call: str | None = None  # "package.module:function"
+    timeout: float = Field(default=5, gt=0)  # seconds that the function may take, if it is async
+
+
+class GatewayFile(Row):
+    """`gateway.toml`. Prices and models are keyed `provider/model`; the price `default` is for all that have none.
+
+    `metrics`: see `metrics.chosen`. `estimators`: a pattern of model ids to what `tokens.use` knows."""
+
+    metrics: str | None = None
+    safety: tuple[Check, ...] = ()
+    estimators: dict[str, str] = {}
     providers: dict[str, dict[str, Any]] = {}
     aliases: dict[str, tuple[Entry, ...]] = {}
     prices: dict[str, Rates] = {}
@@ -224,6 +256,18 @@ def read(path: Path) -> tuple[list[Provider], GatewayFile]:
         rows: dict[str, JSON] = tomllib.loads(ROWS.read_text("utf-8"))
         names = {**rows, **file.providers}
         return [_provider(name, rows.get(name, {}), file.providers.get(name, {})) for name in names], file
+
+
+def imported(name: str, where: str) -> Callable[..., Any]:
+    """What `package.module:function` names; raises ConfigError, whatever the import of a deployer's own code does."""
+    module, colon, attribute = name.partition(":")
+    try:
+        found: object = getattr(import_module(module), attribute) if colon else None
+    except Exception as wrong:
+        raise ConfigError(f"{where}: '{name}' cannot be imported: {type(wrong).__name__}: {wrong}") from wrong
+    if not callable(found):
+        raise ConfigError(f"{where}: '{name}' is no function: write \"package.module:function\"")
+    return found
 
 
 @contextmanager
@@ -254,6 +298,9 @@ def _provider(name: str, shipped: JSON, given: JSON) -> Provider:
 def with_account(row: Provider, settings: Settings, *, on: bool) -> Provider:
     """The row with what the environment says about our account."""
     update: JSON = {"enabled": True} if on else {}
+    if row.dialect == "bedrock":
+        region = row.region or settings.aws_region
+        update |= {"region": region, "base_url": row.base_url.replace("{region}", region)}
     if key := settings.provider_variables.get(row.variable("api_key"), "").strip():
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{row.variable('api_key')}: has characters that no header can carry")

@@ -122,9 +122,10 @@ class Gateway:
         self.answered = 0
         self._idle = asyncio.Event()
 
-    async def plan(self, call: Call, route: Route | None = None) -> Plan:
+    async def plan(self, call: Call, route: Route | None = None, removed: list[Removal] | None = None) -> Plan:
         """Names to deployments that can be asked this; `route` stands for what the call's name means.
 
+        `removed` learns who cannot, also where nobody can.
         Raises ModelNotFound, NoProvider, InvalidRequest or what a safety check says, before the key is charged."""
         if self._examine:
             await self._examine(call)
@@ -137,7 +138,7 @@ class Gateway:
         if not found:
             raise ModelNotFound(f"'{call.model[:128]}' has no model for {call.surface}.", param="model")
         wish = self._wish(call, found.values())
-        candidates, removed = list(found.values()), list[Removal]()
+        candidates, removed = list(found.values()), [] if removed is None else removed
         prompt = Prompt.read(call.body, call.surface)
         output = reserved_output(call, [candidate.to for candidate in candidates[:MAX_ATTEMPTS]])
         needs = Needs(call.features, prompt.estimate(candidates[0].to.model), output // max(1, call.generated))
@@ -193,17 +194,19 @@ class Gateway:
             raise first
         return kept, outgoing
 
-    def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal]) -> Sequence[Ranked]:
-        """Who is to be tried, in order, of those that this key may use; raises GatewayError where nobody is left."""
+    def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal], *, ahead: int = 0) -> Sequence[Ranked]:
+        """Who is to be tried, in order, of those that this key may use; raises GatewayError where nobody is left.
+
+        `ahead`: turns that are not taken yet."""
         candidates, now, state = plan.candidates, self._clock(), self.state
         tier = plan.call.body.get("service_tier")
         candidates = permitted(candidates, key, tier, removed)
         if state.switches or not all(candidate.to.enabled for candidate in candidates):
-            candidates = [state.switched(candidate) for candidate in candidates]
+            candidates = [candidate._replace(to=state.switched(candidate.to)) for candidate in candidates]
             candidates = switched_on(candidates, removed)
         if plan.strategy == "round_robin" and plan.automatic:
             candidates = one_each(candidates)
-        turn = key.turns.get(plan.turn, 0) if plan.turn else 0
+        turn = key.turns.get(plan.turn, 0) + ahead if plan.turn else 0
         ranked = ordered(
             candidates,
             plan.strategy,

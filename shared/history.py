@@ -49,7 +49,7 @@ async def keep(store: Store, key_id: str, call: Call, request_id: str, text: str
     if text or row["status"] == "ok":
         messages.append(Message(f"{request_id}-1", "assistant", text, now, told))
     try:
-        await store.say(key_id, call.body["user"], call.body["session_id"], [each.kept for each in messages])
+        await store.say(key_id, call.body["user"], call.body["session_id"], messages)
     except StoreUnavailable as trouble:
         logger.warning("history.unkept", extra={"id": request_id, "reason": str(trouble)})
 

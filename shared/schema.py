@@ -402,13 +402,23 @@ class Call:
 
 def parse(surface: Surface, raw: bytes) -> Call:
     """Decode and check a body; raises InvalidRequest with OpenAI's own `param` and `code`."""
-    body = decode(raw)
-    try:
-        SHAPES[surface].model_validate(body)
-    except ValidationError as refused:
-        raise invalid(refused.errors(include_url=False, include_context=True, include_input=False)[0], body) from None
+    body = checked(SHAPES[surface], raw)
     _check_together(surface, body)
     return Call(surface, body)
+
+
+def checked(shape: type[Shape], raw: bytes) -> JSON:
+    """The object of a body that has this shape; raises InvalidRequest."""
+    return validated(shape, decode(raw))
+
+
+def validated(shape: type[Shape], body: JSON) -> JSON:
+    """The same object; raises InvalidRequest where it has not this shape."""
+    try:
+        shape.model_validate(body)
+    except ValidationError as refused:
+        raise invalid(refused.errors(include_url=False, include_context=True, include_input=False)[0], body) from None
+    return body
 
 
 def decode(raw: bytes) -> JSON:

@@ -32,6 +32,7 @@ class Settings(BaseModel):
     round_robin: str = ""
     secrets_path: str | None = Field(default=None, pattern="^/")
     stage: str = "local"
+    aws_region: str = Field(default="us-east-1", pattern=r"^[a-z0-9-]{1,32}$")
     aws_lambda_function_name: str | None = None
     provider_variables: Mapping[str, str] = Field(default={}, repr=False)
 

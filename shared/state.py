@@ -7,13 +7,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
+from shared.catalog import Deployment
 from shared.errors import StoreUnavailable
 from shared.health import Health, Rest
-from shared.router import Candidate
 from shared.schema import JSON
 from shared.store.base import NEVER, Store
 from shared.telemetry import logger
@@ -53,15 +53,15 @@ class State:
         """By provider name or deployment id."""
         return self._switches
 
-    def switch(self, provider: str, deployment: str) -> Switch:
-        """What holds of a deployment: its own switch, and its provider's where that is off."""
+    def switched(self, to: Deployment) -> Deployment:
+        """As the admin wants it: on or off, and in its place; in its provider's, where it has none of its own."""
         if not self._switches:
-            return NO_SWITCH
-        own, whole = self._switches.get(deployment, NO_SWITCH), self._switches.get(provider, NO_SWITCH)
-        return Switch(
-            False if whole.enabled is False else own.enabled,
-            own.priority if own.priority is not None else whole.priority,
-        )
+            return to
+        own, whole = self._switches.get(to.id, NO_SWITCH), self._switches.get(to.provider.name, NO_SWITCH)
+        enabled = whole.enabled is not False and (to.enabled if own.enabled is None else own.enabled)
+        moved = whole.priority if to.priority == to.provider.priority else None
+        places = (place for place in (own.priority, moved, to.priority) if place is not None)
+        return replace(to, enabled=enabled, priority=next(places))
 
     @property
     def old(self) -> bool:
@@ -72,12 +72,6 @@ class State:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.ensure_future(self._read_quietly())
         await asyncio.wait((self._reading,), timeout=PATIENCE)
-
-    def switched(self, candidate: Candidate) -> Candidate:
-        """The candidate as the admin wants it: on or off, and in its place."""
-        switch = self.switch(candidate.to.provider.name, candidate.to.id)
-        changes = {name: value for name, value in switch._asdict().items() if value is not None}
-        return candidate._replace(to=replace(candidate.to, **changes)) if changes else candidate
 
     async def _read_quietly(self) -> None:
         try:
@@ -120,8 +114,10 @@ class State:
         except StoreUnavailable as trouble:
             logger.warning("state.unshared", extra={"reason": str(trouble)})
 
-    async def turn(self, name: str, change: Mapping[Literal["enabled", "priority"], Any], *, wake: bool) -> Switch:
-        """Change an admin's switch, everywhere within seconds; `wake` ends a rest. Raises StoreUnavailable."""
+    async def turn(self, name: str, change: Mapping[str, Any], *, wake: bool) -> Switch:
+        """Change `enabled` or `priority` of a switch, everywhere within seconds; `wake` ends a rest.
+
+        Raises StoreUnavailable."""
         switch = NO_SWITCH
 
         def apply(doc: JSON) -> None:

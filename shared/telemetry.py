@@ -1,4 +1,4 @@
-"""One log line and a few metrics per request, by Powertools: JSON and EMF on Lambda, readable in a terminal."""
+"""One log line per request: JSON by Powertools on Lambda, readable in a terminal; and the request's metrics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools import Logger
 from aws_lambda_powertools.logging.formatter import LambdaPowertoolsFormatter
-from aws_lambda_powertools.metrics import MetricUnit
 
+from shared.metrics import Knows, Metrics, Nowhere, measure
+from shared.schema import JSON
 from shared.settings import Settings
 
 logger = Logger(service="lightrail", logger_handler=logging.StreamHandler(sys.stderr))
@@ -66,9 +67,15 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 
 class Telemetry:
-    """Where a finished request is told: the log always, CloudWatch through EMF on Lambda."""
+    """Where a finished request is told: the log, and the metrics."""
 
-    def __init__(self, settings: Settings, secrets: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        secrets: Iterable[str] = (),
+        metrics: Metrics | None = None,
+        knows: Knows = lambda provider, model: False,
+    ) -> None:
         formatter = JSONLines() if settings.on_lambda else Terminal()
         formatter.redact = Redactor(secrets)
         if isinstance(formatter, JSONLines):
@@ -76,30 +83,20 @@ class Telemetry:
         logger.setLevel(settings.log_level.upper())
         for handler in logger.handlers:
             handler.setFormatter(formatter)
-        self._metrics = Metrics(namespace="Lightrail", service="gateway") if settings.on_lambda else None
+        self.metrics = metrics or Nowhere()
+        self._knows = knows
+        self._complained = False
 
-    def request(self, told: dict[str, Any]) -> None:
-        """One line for one request: `id method path status ms` and, of a model call, what the record says."""
+    def request(self, told: dict[str, Any], doc: JSON | None = None, open_requests: int = 0) -> None:
+        """One line for one request: `id method path route status ms` and, of a model call, what its record says."""
         shown = {name: value for name, value in told.items() if value is not None}
         logger.info("request", extra={**shown, "line": terminal_line(shown)})
-        if self._metrics is not None:
-            self._emit(shown)
-
-    def _emit(self, told: dict[str, Any]) -> None:
-        metrics = self._metrics
-        assert metrics is not None
-        metrics.add_dimension(name="provider", value=str(told.get("provider", "none")))
-        metrics.add_metric("Requests", MetricUnit.Count, 1)
-        metrics.add_metric("Errors", MetricUnit.Count, int(told["status"] >= 500 or told.get("outcome") == "failed"))
-        metrics.add_metric("Latency", MetricUnit.Milliseconds, told["ms"])
-        for name, field in (("PromptTokens", "prompt_tokens"), ("CompletionTokens", "completion_tokens")):
-            if field in told:
-                metrics.add_metric(name, MetricUnit.Count, told[field])
-        if "cost_usd" in told:
-            metrics.add_metric("CostUSD", MetricUnit.NoUnit, told["cost_usd"])
-        metrics.add_metadata(key="id", value=told["id"])
-        metrics.flush_metrics()
-        sys.stdout.flush()  # which is a pipe on Lambda, and would keep the line for later
+        try:
+            measure(self.metrics, shown, doc, open_requests, self._knows)
+        except Exception:  # a deployer's own may raise anything, and no request suffers from it
+            if not self._complained:
+                self._complained = True
+                logger.exception("metrics.failed")
 
 
 def terminal_line(told: dict[str, Any]) -> str:

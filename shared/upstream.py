@@ -180,6 +180,8 @@ class Upstream:
     async def _send(self, outgoing: Outgoing, notes: Notes) -> AsyncGenerator[httpx.Response]:
         url = _url(outgoing.url)
         headers = {**HEADERS, **outgoing.headers}
+        if outgoing.region is not None:
+            headers |= await _signed(outgoing)
         request = httpx.Request("POST", url, headers=headers, content=outgoing.content, extensions=self._extensions)
         try:
             response = await self._pool(url).handle_async_request(request)
@@ -189,6 +191,12 @@ class Upstream:
             yield response
         finally:
             await response.aclose()
+
+
+async def _signed(outgoing: Outgoing) -> dict[str, str]:
+    from shared.providers.signature import signed  # botocore: a cold start pays for it only where somebody signs
+
+    return await signed(outgoing)
 
 
 @lru_cache(1024)

@@ -1,3 +1,3 @@
 """One router per resource, named as its URL."""
 
-MODEL_PATHS = frozenset({"/chat/completions", "/completions", "/embeddings"})
+MODEL_PATHS = frozenset({"/chat/completions", "/completions", "/embeddings", "/generate", "/rr-chat/stream"})

@@ -17,7 +17,7 @@ router = APIRouter(tags=["open"])
 async def health(request: Request, services: Offered) -> Response:
     """The state of this process; one line of text where `Accept` asks for text."""
     if "text/plain" in request.headers.get("accept", ""):
-        return PlainTextResponse("Lightrail is healthy\n")
+        return PlainTextResponse("Lightrail AI Gateway is healthy\n")
     on = services.catalog.on()
     return JSONBytes(
         {

@@ -16,7 +16,7 @@ from shared.schema import decode
 router = APIRouter(prefix="/admin/keys", tags=["admin"])
 
 
-@router.post("", status_code=201, response_model=None, openapi_extra=takes("KeyRequest"))
+@router.post("", status_code=201, response_model=None, openapi_extra=takes(keyform.KeyRequest))
 async def create(request: Request, _: Administrator, services: Offered) -> JSONBytes:
     """Make a key. It is shown this once."""
     form = keyform.read(keyform.KeyRequest, decode(await body(request, services.settings)))
@@ -38,7 +38,7 @@ async def show(key_id: str, _: Administrator, services: Offered) -> JSONBytes:
     return JSONBytes(keyform.shown(await services.keys.get(key_id), int(time.time())))
 
 
-@router.patch("/{key_id}", response_model=None, openapi_extra=takes("KeyPatch"))
+@router.patch("/{key_id}", response_model=None, openapi_extra=takes(keyform.KeyPatch))
 async def change(key_id: str, request: Request, _: Administrator, services: Offered) -> JSONBytes:
     """Change a key; limits by difference, so that what is open and what was used today stay right."""
     form = keyform.read(keyform.KeyPatch, decode(await body(request, services.settings)))

@@ -27,10 +27,14 @@ FINISHES = frozenset({"stop", "length", "tool_calls", "content_filter", "functio
 FINISH_WORDS = {
     "model_length": "length",  # Mistral
     "max_tokens": "length",
+    "model_context_window_exceeded": "length",  # Anthropic
     "MAX_TOKENS": "length",
     "tool_use": "tool_calls",
     "tool_call": "tool_calls",
+    "TOOL_CALL": "tool_calls",  # Cohere
     "refusal": "content_filter",
+    "guardrail_intervened": "content_filter",  # Bedrock
+    "content_filtered": "content_filter",
     "SAFETY": "content_filter",
 }
 """Other words, such as Together's `eos`, mean `stop`."""
@@ -39,6 +43,10 @@ FAILURES = {
     "error": "server",  # Mistral, OpenRouter
     "abort": "server",  # vLLM
     "network_error": "server",
+    "malformed_model_output": "server",  # Bedrock
+    "malformed_tool_use": "server",
+    "ERROR": "server",  # Cohere
+    "TIMEOUT": "server",
 }
 """Finish reasons that are none: the answer broke off."""
 MAX_TOKENS = 1 << 40

@@ -7,7 +7,7 @@ of data (providers.toml), a new dialect is one file beside this one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from shared.catalog import Deployment
 from shared.errors import ProviderError
@@ -43,6 +43,22 @@ Raises ProviderError where the event is an error. `END` as its last piece says t
 `[DONE]` does."""
 
 END = Piece({})
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def guarded(read: Callable[P, T]) -> Callable[P, T]:
+    """The same, but a body with a string where an object should be, and the like, raises ProviderError."""
+
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except (AttributeError, LookupError, TypeError, ValueError) as wrong:
+            message = "The provider's answer is not in its documented shape."
+            raise ProviderError("protocol", message, ambiguous=True) from wrong
+
+    return reading
 
 
 class Decoder(Protocol):

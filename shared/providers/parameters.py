@@ -56,10 +56,6 @@ class Parameters:
         self._kept_back[name] = value
         return max(least, min(most, value))
 
-    def tell(self, name: str) -> None:
-        """Tell as dropped what is not heeded of a parameter that was taken."""
-        self._kept_back[name] = None
-
     def reasoning(self) -> Reasoning:
         """`reasoning_effort`, or OpenRouter's `reasoning`: {effort, max_tokens, enabled, exclude}, all optional.
 
@@ -82,6 +78,10 @@ class Parameters:
     def keep_back(self, *names: str) -> None:
         """Tell these as dropped after all, of what the caller gave."""
         self._kept_back |= {name: value for name in names if (value := self._call.body.get(name)) is not None}
+
+    def tell(self, name: str) -> None:
+        """Tell this as dropped, which is part of a parameter: `tools.strict`."""
+        self._kept_back[name] = True
 
     def dropped(self) -> tuple[str, ...]:
         """The names of what was not taken, to be told; with `strict`, raises UnsupportedParameter for it instead."""

@@ -20,13 +20,15 @@ MAX_WAIT = 60.0
 
 
 class Said(NamedTuple):
-    """What an error body says, wherever it says it."""
+    """What an error body says, wherever it says it; `reasons` are further codes."""
 
     message: str = ""
     type: str = ""
     code: str = ""
     param: str | None = None
     status: int | None = None
+    reasons: str = ""
+    wait: str = ""
 
 
 class Sign(NamedTuple):
@@ -44,11 +46,13 @@ def _sign(fault: str, codes: str, statuses: set[int], words: str) -> Sign:
 
 NOTHING = r"(?!)"
 SIGNS = (
+    _sign("rate_limit", r"throttlingexception|servicequotaexceeded", set(), NOTHING),  # Bedrock: "Too many tokens, …"
     _sign(
         "money",
-        r"insufficient_quota|billing|insufficient_(balance|funds|credits)|payment_required",
+        r"insufficient_quota|billing|insufficient_(balance|funds|credits)|payment_required|perday\w*-freetier",
         {400, 401, 402, 403, 412, 429},
-        r"insufficient (balance|funds|credits?)|(\bno|\bany|out of|not enough|more) (\w+ )?credits|spending limit",
+        r"insufficient (balance|funds|credits?)|(\bno|\bany|out of|not enough|more) (\w+ )?credits|spending limit"
+        r"|credit balance is too low|specified (\w+ )?usage limits",  # Anthropic, with a 400
     ),
     _sign(
         "policy",
@@ -64,25 +68,26 @@ SIGNS = (
         r"(maximum|max|exceed\w*|available|model'?s) (the )?(\w+ )?context"
         r"|context (length|window|size) (of|is|exceeded)|prompt (is )?too long|too many (input |prompt )?tokens"
         r"|length of all messages|^request too large for"
-        r"|reduce the length|input (length|tokens?) .{0,40}exceed",
+        r"|reduce the length|input (length|tokens?) .{0,40}exceed|input is too long",
     ),
     _sign(
         "model_gone",
         r"model_not_found|model_decommissioned|deploymentnotfound|invalid_model|model_not_available|unknown_model",
         {400, 403, 422},
         r"(invalid|unknown) model\b|model .{0,90}(not found|not exist|decommissioned|deprecated|no longer|unavailable)"
-        r"|not a valid model|supported (api )?model names are|to sample from this model|access to (the |this )?model",
+        r"|not a valid model|supported (api )?model names are|to sample from this model|access to (the |this )?model"
+        r"|model identifier is invalid|with on-demand throughput",  # Bedrock
     ),
     _sign(
         "server", r"tool_use_failed|json_validate_failed", set(), NOTHING
     ),  # Groq: the model's own words were no call
     _sign("rate_limit", r"rate_?limit|too_many_requests|throttl|capacity_exceeded|resource_exhausted", set(), NOTHING),
-    _sign("overloaded", r"overloaded|unavailable_error|engine_busy", set(), NOTHING),
+    _sign("overloaded", r"overloaded|unavailable_error|engine_busy|modelnotready", set(), NOTHING),
     _sign(
         "auth",
         r"invalid_api_key|api_key_invalid|authentication|unauthori[sz]ed|permission_denied",
         {400},
-        r"(incorrect|invalid|missing|wrong|valid) api[ _-]?key",
+        r"(incorrect|invalid|missing|wrong|valid) api[ _-]?key|user location is not supported",
     ),
 )
 """In this order; what shows no sign is told by its status alone."""
@@ -95,10 +100,11 @@ STATUSES = {
     407: "protocol",
     410: "protocol",
     426: "protocol",
-    408: "overloaded",
-    409: "overloaded",
+    408: "not_now",
+    409: "not_now",
     413: "body_too_large",
-    425: "overloaded",
+    424: "server",  # Bedrock: the model behind it failed
+    425: "not_now",
     429: "rate_limit",
     498: "rate_limit",  # Groq's flex tier is full: https://console.groq.com/docs/errors
     503: "overloaded",
@@ -113,17 +119,18 @@ AMBIGUOUS = frozenset({500, 502, 504, 520, 522, 524})
 """Somebody between us gave up waiting: the provider may have done the work."""
 
 
-def failure(status: int, headers: Mapping[str, str], content: bytes) -> ProviderError:
-    """What a status other than 200 means."""
+def failure(status: int, headers: Mapping[str, str], content: bytes, kind: str = "") -> ProviderError:
+    """What a status other than 200 means; `kind` is its type where a header has it."""
     text = content.decode("utf-8", "replace").strip()
     page = text.startswith("<")  # a proxy's, never relayed
     try:
         said = _said(orjson.loads(text))
     except orjson.JSONDecodeError:
         said = Said(message="" if page or text.startswith(("{", "[")) else text)
+    said = said._replace(type=said.type or kind)
     fault = "protocol" if page and status == 404 else fault_of(status, said)
-    waits = fault in ("rate_limit", "overloaded")
-    return _error(fault, status, said, retry_after(headers, said.message) if waits else None)
+    waits = fault in ("rate_limit", "overloaded", "not_now")
+    return _error(fault, status, said, retry_after(headers, said.message, said.wait) if waits else None)
 
 
 def in_answer(body: JSON) -> ProviderError:
@@ -138,7 +145,7 @@ def is_refusal(body: JSON) -> bool:
 
 
 def fault_of(status: int | None, said: Said) -> str:
-    codes = f"{said.type} {said.code}"
+    codes = f"{said.type} {said.code} {said.reasons}"
     for sign in SIGNS:
         if sign.codes.search(codes) or (
             (status is None or status in sign.statuses) and sign.words.search(said.message)
@@ -178,8 +185,26 @@ def _said(body: Any) -> Said:
         param=param if isinstance(param, str) else None,
         status=next((c for c in (inner.get("status_code"), code, inner.get("raw_status_code")) if _is_status(c)), None),
     )
+    if isinstance(details := inner.get("details"), list):
+        said = said._replace(**_details(cast("list[Any]", details)))
     raw = _object(inner.get("metadata")).get("raw")
     return _behind(said, raw) if isinstance(raw, str) and raw else said
+
+
+def _details(details: list[Any]) -> JSON:
+    """Google's: why, which quotas have run out, and for how long. https://google.aip.dev/193"""
+    reasons, wait = list[str](), ""
+    for detail in details:
+        match detail:
+            case {"reason": str(reason)}:
+                reasons.append(reason)
+            case {"violations": [*quotas]}:
+                reasons += [_text(_object(quota).get("quotaId")) for quota in quotas]
+            case {"retryDelay": str(wait)}:
+                pass
+            case _:
+                pass
+    return {"reasons": " ".join(reasons), "wait": wait}
 
 
 def _behind(said: Said, raw: str) -> Said:
@@ -229,6 +254,7 @@ SECRETS = (
     (re.compile(r"\bAIza[\w-]{20,}|\beyJ[\w-]+\.[\w.-]+|\bAKIA[A-Z0-9]{12,}"), "[key]"),
     (re.compile(r"(?i)\b(?:org|organization|proj|project|acct|account|user|team)[-_](?=\w*\d)\w{6,}"), "[id]"),
     (re.compile(r"(?i)\barn:[\w:/.-]+|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b|\b\d{12}\b"), "[id]"),
+    (re.compile(r"\b(projects/|project_number:)[\w.:-]+"), r"\1[id]"),  # Google's
     (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.[\w.-]+\w"), "[address]"),
     (re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b"), "[host]"),
     (
@@ -254,14 +280,14 @@ DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(
 AGAIN = re.compile(r"(?i)(?:try again|retry) in ((?:\d[\d.]*(?:h|ms|m|s))+)")
 
 
-def retry_after(headers: Mapping[str, str], message: str = "") -> float | None:
+def retry_after(headers: Mapping[str, str], message: str = "", wait: str = "") -> float | None:
     """The seconds that a provider wants to be left alone, however it says so; None where that makes no sense."""
     now = _moment(headers.get("date")) or time.time()  # the provider's own clock, where it tells it
     wishes = (
         (_number(headers.get("retry-after-ms")) or 0) / 1000,
         _seconds(headers.get("retry-after"), now),
         *(_seconds(headers.get(name), now) for name in _resets(headers)),
-        _seconds(found[1] if (found := AGAIN.search(message)) else None, now),
+        _seconds(wait or (found[1] if (found := AGAIN.search(message)) else None), now),
     )
     return next((wish for wish in wishes if wish and 0 < wish <= MAX_WAIT), None)
 

