@@ -9,7 +9,7 @@ DEPLOYERS := infra/node_modules/.bin
 AWS := AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check bench prices locks clean
+.PHONY: help run test lint check bench prices matrix locks clean
 .PHONY: package synth deploy deploy-cdk secrets admin-key remove capacity deployers
 
 help:  ## what there is to make
@@ -67,6 +67,9 @@ capacity: $(VENV)/.local  ## what a load costs and where limits bite: make capac
 
 prices: $(VENV)/.dev  ## refresh shared/prices.json from the genai-prices release that is locked
 	@$(BIN)/python infra/refresh_prices.py
+
+matrix: $(VENV)/.dev  ## write shared/providers/MATRIX.md: which parameter each provider takes
+	@$(BIN)/python -m shared.capabilities
 
 locks: $(VENV)/.dev  ## pin every dependency again, with hashes
 	@sh $(LOCKS)/relock.sh $(BIN)/uv

@@ -69,6 +69,12 @@ def rate_limited(error: RateLimited) -> bytes:
     return event("rate_limited", retry_after_ms=int(error.headers["retry-after"]) * 1000) + event("done")
 
 
+def refused(error: GatewayError) -> bytes:
+    """A whole stream, for what a safety check refuses."""
+    told = {"message": error.message, "code": error.code, "class": "client"}
+    return event("error", **told) + event("done")
+
+
 def class_of(error: GatewayError, exchange: Exchange) -> str:
     """What the page may do about it."""
     last = exchange.last_error

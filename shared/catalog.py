@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -29,10 +29,10 @@ class Deployment:
     weight: int = 1
     priority: int = 0
     enabled: bool = True
+    id: str = field(init=False)
 
-    @property
-    def id(self) -> str:
-        return f"{self.provider.name}/{self.model}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", f"{self.provider.name}/{self.model}")
 
 
 Strategy: TypeAlias = Literal["priority", "price", "latency", "throughput", "local", "remote", "round_robin"]
@@ -158,6 +158,10 @@ class Catalog:
         if not route.deployments:
             raise self._unknown(name)
         return self._routes.setdefault(name, route)
+
+    def known(self, name: str) -> Route | None:
+        """The route that `resolve` gives out for a name again and again; None where it makes one each time."""
+        return self._routes.get(name)
 
     def is_route(self, name: str) -> bool:
         """Whether the name is one of a set that callers cannot make grow."""

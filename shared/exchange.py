@@ -15,7 +15,7 @@ from shared.idempotency import Ticket
 from shared.limits import GRACE
 from shared.prices import Cost
 from shared.providers.dialect import Outgoing
-from shared.router import Ranked, Removal
+from shared.router import Order, Removal
 from shared.schema import JSON, Call, Usage
 from shared.store.base import Generation, Hold, VirtualKey
 from shared.tokens import Prompt
@@ -61,7 +61,7 @@ class Routing(NamedTuple):
     """How the route was made: who was put in which order by which strategy, and who was taken away."""
 
     strategy: str
-    ranked: Sequence[Ranked]
+    order: Order | None
     removed: Sequence[Removal]
 
     def told(self) -> JSON:
@@ -69,7 +69,8 @@ class Routing(NamedTuple):
         return {
             "strategy": self.strategy,
             "candidates": [
-                {"deployment": each.candidate.to.id, "score": each.score} for each in self.ranked[:MOST_TOLD]
+                {"deployment": each.candidate.to.id, "score": each.score}
+                for each in (self.order.first(MOST_TOLD) if self.order else ())
             ],
             "removed": [
                 {"deployment": each.candidate.to.id, "filter": each.filter, "reason": each.why}
@@ -158,9 +159,6 @@ class Exchange:
     def keeps_history(self) -> bool:
         return bool(self.call.body.get("session_id") and self.call.body.get("store"))
 
-    def may_have_come_from(self, deployment: str) -> bool:
-        return self.routing is None or any(each.candidate.to.id == deployment for each in self.routing.ranked)
-
     @property
     def answered_by(self) -> tuple[str, str]:
         """Provider and model; of a kept answer, whose it was."""
@@ -235,7 +233,7 @@ class Exchange:
         reported = answer.usage if answer else None
         if reported and made <= 2 * reported.output + 50 and reported.output <= MAX_OUTPUT * max(1, call.generated):
             return reported
-        if reported or made:
+        if reported or (answer and answer.started):
             if self.interrupted and self.deployment.provider.reasons(self.deployment.model):
                 made = max(made, self._unseen())  # what it thought is not in what was seen
             return Usage(input=self.estimate, output=made, source="estimated")

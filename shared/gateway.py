@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -34,11 +34,13 @@ from shared.router import (
     NO_PREFERENCES,
     Candidate,
     Needs,
+    Order,
+    Pool,
     Preferences,
-    Ranked,
     Removal,
     awake,
     filtered,
+    may_use,
     ordered,
     permitted,
     switched_on,
@@ -70,8 +72,8 @@ class Plan:
     `turn`: the route whose turn is taken. `removed`: who cannot answer, and why."""
 
     call: Call
-    candidates: Sequence[Candidate]
-    outgoing: Outgoing | None
+    pool: Pool
+    outgoing: Outgoing
     strategy: Strategy
     wish: Preferences
     needs: Needs
@@ -117,6 +119,7 @@ class Gateway:
         self._clock = clock
         self._dice = dice
         self._retries = RetryBudget()
+        self._pools: dict[tuple[str, str], Pool] = {}
         self.state = State(store, clock)
         self.open: set[Exchange] = set()
         self.answered = 0
@@ -126,89 +129,88 @@ class Gateway:
         """Names to deployments that can be asked this; `route` stands for what the call's name means.
 
         `removed` learns who cannot, also where nobody can.
-        Raises ModelNotFound, NoProvider, InvalidRequest or what a safety check says, before the key is charged."""
-        if self._examine:
-            await self._examine(call)
+        Raises ModelNotFound, NoProvider or InvalidRequest, before the key is charged."""
         routes = [route] if route else [self._catalog.resolve(name) for name in (call.model, *call.fallbacks)]
-        found: dict[str, Candidate] = {}
-        for rank, each in enumerate(routes):
-            for to in each.deployments:
-                if not each.automatic or surface_of(call) in to.capabilities:
-                    found.setdefault(to.id, Candidate(each.asked, to, rank))
-        if not found:
-            raise ModelNotFound(f"'{call.model[:128]}' has no model for {call.surface}.", param="model")
-        wish = self._wish(call, found.values())
-        candidates, removed = list(found.values()), [] if removed is None else removed
-        prompt = Prompt.read(call.body, call.surface)
-        output = reserved_output(call, [candidate.to for candidate in candidates[:MAX_ATTEMPTS]])
-        needs = Needs(call.features, prompt.estimate(candidates[0].to.model), output // max(1, call.generated))
-        candidates = filtered(candidates, needs, wish, removed)
-        strategy = wish.sort or routes[0].strategy
-        candidates, outgoing = self._askable(call, candidates, wish, removed)
-        turn = None
+        removed = [] if removed is None else removed
+        pool = self._pool(call, routes)
+        wish, first = self._wish(call, pool), [candidate.to for candidate in pool.candidates[:MAX_ATTEMPTS]]
+        prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, first)
+        needs = Needs(call.features, prompt.estimate(first[0].model), output // max(1, call.generated))
+        pool, outgoing = self._askable(call, filtered(pool, needs, wish, removed), wish, removed)
+        strategy, turn = wish.sort or routes[0].strategy, None
         if strategy == "round_robin":
             turn = call.model if route or self._catalog.is_route(call.model) else "models"
-        return Plan(
-            call, candidates, outgoing, strategy, wish, needs, prompt, output, removed, routes[0].automatic, turn
-        )
+        automatic = routes[0].automatic
+        return Plan(call, pool, outgoing, strategy, wish, needs, prompt, output, removed, automatic, turn)
 
-    def _wish(self, call: Call, candidates: Iterable[Candidate]) -> Preferences:
+    def _pool(self, call: Call, routes: Sequence[Route]) -> Pool:
+        """Who the names mean; made once for a route, whose name is one of few."""
+        name, kind = routes[0].asked, "embeddings" if call.surface == "embeddings" else "chat"
+        known = len(routes) == 1 and routes[0] is self._catalog.known(name)
+        if known and (pool := self._pools.get((name, kind))):
+            return pool
+        found: dict[str, Candidate] = {}
+        for rank, route in enumerate(routes):
+            for to in route.deployments:
+                if not route.automatic or kind in to.capabilities:  # a chat model takes legacy completions, too
+                    found.setdefault(to.id, Candidate(route.asked, to, rank))
+        if not found:
+            raise ModelNotFound(f"'{call.model[:128]}' has no model for {call.surface}.", param="model")
+        pool = Pool(found.values())
+        if known:
+            self._pools[name, kind] = pool
+        return pool
+
+    def _wish(self, call: Call, pool: Pool) -> Preferences:
         """The caller's preferences; raises InvalidRequest for a provider that nobody knows."""
         if not (given := call.body.get("provider")):
             return NO_PREFERENCES
         wish = Preferences.of(given)
         unknown = wish.names - self._catalog.providers.keys()
-        if unknown and not any("provider" in candidate.to.provider.keeps for candidate in candidates):
+        if unknown and not any("provider" in row.keeps for row in pool.providers.values()):
             known = ", ".join(row.name for row in self._catalog.on())
             message = f"There is no provider '{min(unknown)[:64]}'. Available: {known}."
             raise InvalidRequest(message, param="provider", code="unknown_provider")
         return wish
 
-    def _askable(
-        self, call: Call, candidates: Sequence[Candidate], wish: Preferences, removed: list[Removal]
-    ) -> tuple[Sequence[Candidate], Outgoing]:
-        """Without those that refuse to be asked this, as far as that must be known: up to the first that does not.
+    def _askable(self, call: Call, pool: Pool, wish: Preferences, removed: list[Removal]) -> tuple[Pool, Outgoing]:
+        """Without those that refuse to be asked this, up to the first that does not, and what that would be sent.
 
-        Raises the first one's UnsupportedParameter when none can; with `require_parameters` all are tried."""
-        first: UnsupportedParameter | None = None
-        kept, outgoing = list[Candidate](), None
-        for at, candidate in enumerate(candidates):
+        With `require_parameters` all are tried, and what would be dropped is a refusal. Raises the first refusal
+        where all refuse."""
+        refusals: dict[str, UnsupportedParameter] = {}
+        outgoing: Outgoing | None = None
+        for candidate in pool.candidates:
             try:
                 prepared = self._upstream.prepare(call, candidate.to)
                 if wish.require_parameters and prepared.dropped:
-                    lacking = f"it does not support '{prepared.dropped[0]}'"
-                    removed.append(Removal(candidate, "require_parameters", lacking))
                     message = f"The model '{candidate.to.id}' does not support '{prepared.dropped[0]}'."
-                    first = first or UnsupportedParameter(message, param=prepared.dropped[0])
-                    continue
+                    raise UnsupportedParameter(message, param=prepared.dropped[0])
             except UnsupportedParameter as refused:
+                refusals[candidate.to.id] = refused
                 removed.append(Removal(candidate, "capability", refused.message))
-                first = first or refused
                 continue
-            kept.append(candidate)
             outgoing = outgoing or prepared
             if not wish.require_parameters:
-                return [*kept, *candidates[at + 1 :]], outgoing
+                break
         if outgoing is None:
-            assert first is not None, "a route has at least one deployment"
-            raise first
-        return kept, outgoing
+            raise next(iter(refusals.values()))
+        return Pool(each for each in pool.candidates if each.to.id not in refusals) if refusals else pool, outgoing
 
-    def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal], *, ahead: int = 0) -> Sequence[Ranked]:
+    def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal], *, ahead: int = 0) -> Order:
         """Who is to be tried, in order, of those that this key may use; raises GatewayError where nobody is left.
 
         `ahead`: turns that are not taken yet."""
-        candidates, now, state = plan.candidates, self._clock(), self.state
-        tier = plan.call.body.get("service_tier")
-        candidates = permitted(candidates, key, tier, removed)
-        if state.switches or not all(candidate.to.enabled for candidate in candidates):
-            candidates = [candidate._replace(to=state.switched(candidate.to)) for candidate in candidates]
-            candidates = switched_on(candidates, removed)
+        now, state = self._clock(), self.state
+        pool = permitted(plan.pool, key, plan.call.body.get("service_tier"), removed)
+        if state.switches:
+            pool = Pool(candidate._replace(to=state.switched(candidate.to)) for candidate in pool.candidates)
+        pool = switched_on(pool, removed)
         if plan.strategy == "round_robin" and plan.automatic:
-            candidates = one_each(candidates)
+            pool = Pool(one_each(pool.candidates))
         turn = key.turns.get(plan.turn, 0) + ahead if plan.turn else 0
-        ranked = ordered(
-            candidates,
+        order = ordered(
+            pool,
             plan.strategy,
             plan.wish,
             needs=plan.needs,
@@ -218,9 +220,10 @@ class Gateway:
             turn=turn,
         )
         if not plan.wish.allow_fallbacks:
-            removed += [Removal(each.candidate, "allow_fallbacks", "it is no first choice") for each in ranked[1:]]
-            ranked = ranked[:1]
-        return awake(ranked, state.health, now, removed)
+            others = [pool.candidates[at] for at in order.places[1:]]
+            removed += [Removal(each, "allow_fallbacks", "it is no first choice") for each in others]
+            order = order._replace(places=order.places[:1])
+        return awake(order, state.health, now, removed)
 
     async def admit(
         self, plan: Plan, credential: Credential, request_id: str, context: Reading | None = None
@@ -229,11 +232,11 @@ class Gateway:
 
         `context` reads what belongs into the call. Whatever was read is thrown away where the key is refused."""
         call, now = plan.call, self._clock()
-        first = [candidate.to for candidate in plan.candidates[:MAX_ATTEMPTS]]
+        first = [candidate.to for candidate in plan.pool.candidates[:MAX_ATTEMPTS]]
         money = most_money(first, plan.prompt, plan.output)
         hold = Hold(money, plan.needs.prompt + plan.output, int(now), int(self._total_timeout) + GRACE)
         lookup = self._cache.lookup(call, credential.key_id)
-        recall = self._vault.recall(call, credential.key_id, [candidate.to for candidate in plan.candidates])
+        recall = self._vault.recall(call, credential.key_id, plan.pool.providers.values())
         reads = [each.read() for each in (self.state if self.state.old else None, lookup, recall, context) if each]
         key = await beside(reads, self._limits.admit(credential, request_id, hold, plan.turn))
         for reading in (recall, context):
@@ -241,8 +244,10 @@ class Gateway:
         prompt = Prompt.read(call.body, call.surface) if context else plan.prompt
         removed = list(plan.removed)
         try:
-            ranked = self.choose(plan, key, removed)
-            candidates = [each.candidate.to for each in ranked[:MAX_ATTEMPTS]]
+            if self._examine:
+                await self._examine(plan.call)
+            order = self.choose(plan, key, removed)
+            candidates = [each.candidate.to for each in order.first(MAX_ATTEMPTS)]
             if key.has_money_limit and most_money(candidates, prompt, plan.output) > money:
                 candidates, hold = await self._afford(candidates, prompt, plan.output, key, request_id, hold)
         except GatewayError:
@@ -250,8 +255,8 @@ class Gateway:
             raise
         estimate = prompt.estimate(candidates[0].model) if context else plan.needs.prompt
         exchange = Exchange(request_id, key, call, candidates, hold, prompt, estimate, plan.output, now)
-        exchange.routing, exchange.lookup = Routing(plan.strategy, ranked, removed), lookup
-        if call is plan.call and candidates[0] is plan.candidates[0].to and exchange.bound(candidates[0]) is None:
+        exchange.routing, exchange.lookup = Routing(plan.strategy, order, removed), lookup
+        if call is plan.call and candidates[0] is plan.pool.candidates[0].to and exchange.bound(candidates[0]) is None:
             exchange.outgoing = plan.outgoing
         self.open.add(exchange)
         self._retries.request(now)
@@ -333,7 +338,8 @@ class Gateway:
     async def _reused(self, exchange: Exchange) -> Kept | None:
         """An answer kept for this very request, unless the key may not use who gave it any more."""
         kept = await exchange.lookup.reuse(exchange.deadline) if exchange.lookup else None
-        if kept and exchange.may_have_come_from(f"{kept.provider}/{kept.model}"):
+        row = self._catalog.providers.get(kept.provider) if kept else None
+        if kept and row and may_use(exchange.key, exchange.call.model, self._catalog.deployment(row, kept.model)):
             exchange.kept = kept
         return exchange.kept
 
@@ -509,8 +515,3 @@ def one_each(candidates: Sequence[Candidate]) -> list[Candidate]:
 def larger(to: Deployment, than: Deployment) -> bool:
     """Whether it may take what was too long for the other; where that is not known, it is worth a try."""
     return not to.context_window or not than.context_window or to.context_window > than.context_window
-
-
-def surface_of(call: Call) -> str:
-    """Which capability answers it: a chat model takes legacy completions, too."""
-    return "embeddings" if call.surface == "embeddings" else "chat"

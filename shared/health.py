@@ -79,15 +79,11 @@ class Health:
         self._latency: dict[str, _Mean] = {}
         self._throughput: dict[str, _Mean] = {}
 
-    def resting(self, target: str, now: float) -> Rest | None:
-        """Its rest, its account's too; a rest that is over counts on while another request probes it."""
+    def resting(self, now: float) -> dict[str, Rest]:
+        """All rests; one that is over counts on while a request probes what rested."""
         if not self._breakers:
-            return None
-        own, account = self._breakers.get(target), self._breakers.get(target.partition("/")[0])
-        for breaker in (account, own):
-            if breaker and breaker.rest and (breaker.rest.until > now or breaker.probing):
-                return breaker.rest
-        return None
+            return {}
+        return {name: b.rest for name, b in self._breakers.items() if b.rest and (b.rest.until > now or b.probing)}
 
     def begin(self, target: str, now: float) -> None:
         """A request is on its way: a probe, where a rest is just over."""
@@ -124,9 +120,6 @@ class Health:
         breaker.rest = rest = Rest(now + seconds, fault)
         return name, rest
 
-    def rests(self, now: float) -> dict[str, Rest]:
-        return {name: b.rest for name, b in self._breakers.items() if b.rest and b.rest.until > now}
-
     def learn(self, rests: Mapping[str, Rest], now: float) -> None:
         """What other processes found out."""
         for name, rest in rests.items():
@@ -145,13 +138,12 @@ class Health:
         if throughput is not None:
             self._throughput.setdefault(target, _Mean(PRIOR_THROUGHPUT)).add(throughput, now)
 
-    def latency(self, target: str, now: float) -> float:
-        mean = self._latency.get(target)
-        return mean.value(now) if mean else PRIOR_LATENCY
+    def latencies(self, now: float) -> dict[str, float]:
+        """By deployment, of those that were measured."""
+        return {target: mean.value(now) for target, mean in self._latency.items()}
 
-    def throughput(self, target: str, now: float) -> float:
-        mean = self._throughput.get(target)
-        return mean.value(now) if mean else PRIOR_THROUGHPUT
+    def throughputs(self, now: float) -> dict[str, float]:
+        return {target: mean.value(now) for target, mean in self._throughput.items()}
 
     def _named(self, target: str) -> list[tuple[str, _Breaker]]:
         names = (target, target.partition("/")[0])

@@ -21,6 +21,7 @@ from shared.settings import Settings
 
 Knows: TypeAlias = Callable[[str, str], bool]
 """Whether a provider is known to have a model; any other is somebody's guess, and no label."""
+LIMITED = ("rate_limit_exceeded", "request_too_large_for_limit")
 
 
 class Metrics(Protocol):
@@ -39,11 +40,11 @@ class Metrics(Protocol):
 
 def measure(to: Metrics, told: JSON, doc: JSON | None, open_requests: int, knows: Knows) -> None:
     """What one finished request says: `told` is what the log is told, `doc` the record of a model call."""
-    provider, limited = told.get("provider") or "none", ("rate_limit_exceeded", "request_too_large_for_limit")
+    provider = told.get("provider") or "none"
     to.count("ai_requests_total", route=told["route"], status=str(told["status"]), provider=provider)
     to.timing("ai_request_seconds", told["ms"] / 1000, route=told["route"], provider=provider)
     to.gauge("ai_requests_open", open_requests)
-    if told["status"] == 429 or told.get("error") in limited:
+    if told["status"] == 429 or told.get("error") in LIMITED:  # in typed events it is a 200
         to.count("ai_requests_rate_limited", provider=provider)
     fault = doc["attempts"][-1]["error"] if doc and doc["attempts"] else None
     if told["status"] >= 500 or told.get("outcome") == "failed":

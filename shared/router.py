@@ -1,18 +1,20 @@
 """Which deployments may answer, in what order. Pure: clock, dice, health and switches are arguments.
 
-`filtered` takes away who cannot, `ordered` sorts the rest by a strategy, `awake` lets the tired sleep. Each names in
-`removed` whom it took away and why, which the record and `POST /v1/route` show.
+`filtered` takes away who cannot, `permitted` who must not, `ordered` sorts by a strategy, `awake` lets the tired sleep.
+Each names in `removed` whom it took away and why, which the record and `POST /v1/route` show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from shared.catalog import Deployment, Strategy
 from shared.errors import ContextLengthExceeded, Forbidden, GatewayError, InvalidRequest, ModelNotFound, Overloaded
-from shared.health import Health, Rest
+from shared.health import PRIOR_LATENCY, PRIOR_THROUGHPUT, Health, Rest
 from shared.providers.parameters import PARAMETERS
 from shared.schema import JSON
 from shared.store.base import VirtualKey
@@ -21,6 +23,7 @@ MAX_ATTEMPTS = 3
 DEAR_TIERS = frozenset({"priority", "fast", "scale"})
 """https://platform.openai.com/docs/guides/priority-processing: faster, at a price of their own."""
 NANO = 10**9
+UNKNOWN = float("inf")
 
 
 class Candidate(NamedTuple):
@@ -31,6 +34,44 @@ class Candidate(NamedTuple):
     asked: str
     to: Deployment
     rank: int = 0
+
+
+class Pool:
+    """Candidates by rank and priority, and what can be told of them before any request: made once for a route.
+
+    `groups` numbers those of one rank and priority; `even`: all have the same weight. `where`: the places of a
+    deployment, or of all of a provider's, by name."""
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self.candidates = sorted(candidates, key=_level)
+        found = [candidate.to for candidate in self.candidates]
+        self.ids = [to.id for to in found]
+        self.names = [to.provider.name for to in found]
+        self.providers = {to.provider.name: to.provider for to in found}
+        self.local = [to.provider.local for to in found]
+        self.where: dict[str, list[int]] = {}
+        for at, to in enumerate(found):
+            self.where[to.id] = [at]
+            self.where.setdefault(to.provider.name, []).append(at)
+        self.ranks = [candidate.rank for candidate in self.candidates]
+        self.groups = [0]
+        for one, other in pairwise(map(_level, self.candidates)):
+            self.groups.append(self.groups[-1] + (one != other))
+        self.shares = [1 / to.weight for to in found]
+        self.even = len(set(self.shares)) == 1
+        self.window = min((to.context_window for to in found if to.context_window), default=UNKNOWN)
+        self.enabled = all(to.enabled for to in found)
+        self.declared = any(to.declared for to in found)
+        self.plain = not any(to.price and (to.price.tiers or to.price.request) for to in found)
+        self.inputs = [to.price.input if to.price else UNKNOWN for to in found]
+        self.outputs = [to.price.output if to.price else UNKNOWN for to in found]
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+
+def _level(candidate: Candidate) -> tuple[int, int]:
+    return candidate.rank, candidate.to.priority
 
 
 class Removal(NamedTuple):
@@ -55,6 +96,7 @@ class Preferences:
 
     @classmethod
     def of(cls, given: JSON) -> Preferences:
+        """Of the checked body; null is as good as absent."""
         names = {each: [name.lower() for name in given.get(each) or ()] for each in ("order", "only", "ignore")}
         rest: dict[str, Any] = {
             each: given[each]
@@ -86,59 +128,63 @@ class Ranked(NamedTuple):
     score: float | None = None
 
 
-def filtered(
-    candidates: Sequence[Candidate], needs: Needs, wish: Preferences, removed: list[Removal]
-) -> Sequence[Candidate]:
+class Order(NamedTuple):
+    """The pool's candidates in order, by their places in it."""
+
+    pool: Pool
+    places: Sequence[int]
+    scores: Sequence[float] | None = None
+
+    def first(self, most: int) -> list[Ranked]:
+        return [Ranked(self.pool.candidates[at], self.scores[at] if self.scores else None) for at in self.places[:most]]
+
+
+def filtered(pool: Pool, needs: Needs, wish: Preferences, removed: list[Removal]) -> Pool:
     """Those that can be asked this, before anybody knows whose key it is. Raises the error of the emptying filter.
 
-    A single deployment that the caller named is asked whatever we think that it can do: its provider knows better."""
+    Where there is but one, it is asked whatever we think that it can do: its provider knows better."""
     if wish is not NO_PREFERENCES:
-        candidates = _keep(candidates, "only", lambda to: _wanted(to, wish), removed, _unwanted)
+        pool = _keep(pool, "provider", partial(_unwanted, wish), removed, _nobody_wanted)
         if wish.max_price:
-            candidates = _keep(candidates, "max_price", lambda to: _dear(to, wish.max_price), removed, _too_dear)
-    if len(candidates) == 1:
-        return candidates
-    lacks = {to.provider.name: _lacks(to, needs.features) for _, to, _ in candidates} if needs.features else {}
-    if needs.features:
-        candidates = _keep(
-            candidates,
-            "capability",
-            lambda to: lacks[to.provider.name] or _undeclared(to, needs.features),
-            removed,
-            _incapable,
-        )
-    tokens = needs.prompt + needs.output
-    if any(to.context_window and to.context_window < tokens for _, to, _ in candidates):
-        candidates = _keep(candidates, "context", lambda to: _short(to, needs), removed, _too_long)
-    return candidates
+            pool = _keep(pool, "max_price", partial(_dear, wish.max_price), removed, _too_dear)
+    if len(pool) == 1:
+        return pool
+    if needs.features and (pool.declared or any(_lacking(row.refuses, needs) for row in pool.providers.values())):
+        pool = _keep(pool, "capability", partial(_incapable, needs), removed, _nobody_capable)
+    if pool.window < needs.prompt + needs.output:
+        pool = _keep(pool, "context", partial(_short, needs), removed, _too_long)
+    return pool
 
 
-def permitted(
-    candidates: Sequence[Candidate], key: VirtualKey, tier: str | None, removed: list[Removal]
-) -> Sequence[Candidate]:
+def permitted(pool: Pool, key: VirtualKey, tier: str | None, removed: list[Removal]) -> Pool:
     """Those that the key may use, and, under a money limit, that have a price. Raises Forbidden when none is left.
 
     `tier`: the `service_tier` asked for; the dearer ones have no price in the table."""
-    asked = candidates[0].asked
+    asked = pool.candidates[0].asked
     if key.models is not None:
-        allowed = [candidate for candidate in candidates if may_use(key, candidate.asked, candidate.to)]
-        _note(candidates, allowed, "permission", "the key may not use it", removed)
-        if not allowed:
+        allowed = [may_use(key, candidate.asked, candidate.to) for candidate in pool.candidates]
+        pool = _left(pool, allowed, "permission", "the key may not use it", removed)
+        if not pool:
             raise Forbidden(f"This key may not use the model '{asked}'.", code="model_not_allowed")
-        candidates = allowed
     if key.has_money_limit:
-        priced = [candidate for candidate in candidates if candidate.to.price is not None]
-        _note(candidates, priced, "price", "it has no known price", removed)
-        if not priced or tier in DEAR_TIERS:
-            what = f"The service tier '{tier}'" if priced else f"The model '{asked}'"
+        priced = [candidate.to.price is not None for candidate in pool.candidates]
+        pool = _left(pool, priced, "price", "it has no known price", removed)
+        if not pool or tier in DEAR_TIERS:
+            what = f"The service tier '{tier}'" if pool else f"The model '{asked}'"
             message = f"{what} has no known price, so a key with a budget cannot use it."
             raise Forbidden(message, code="model_not_priced")
-        candidates = priced
-    return candidates
+    return pool
+
+
+def switched_on(pool: Pool, removed: list[Removal]) -> Pool:
+    """Without what is switched off; raises ModelNotFound where that is all."""
+    if pool.enabled:
+        return pool
+    return _keep(pool, "enabled", lambda to: None if to.enabled else "it is switched off", removed, _off)
 
 
 def ordered(
-    candidates: Sequence[Candidate],
+    pool: Pool,
     strategy: Strategy,
     wish: Preferences,
     *,
@@ -147,52 +193,55 @@ def ordered(
     now: float,
     dice: Callable[[], float],
     turn: int = 0,
-) -> list[Ranked]:
+) -> Order:
     """By the caller's order of names, then of providers, then by the strategy. `turn` counts from 1.
 
     What a strategy cannot tell apart goes by priority, the lowest first, and among equals by weighted chance."""
-    if len(candidates) == 1:
-        return [Ranked(candidates[0])]
-    if strategy == "round_robin":
-        ranked = [Ranked(candidate) for candidate in _turned(candidates, turn)]
-    else:
-        score = _scores(strategy, needs, health, now)
-        keyed = [
-            (candidate.rank, score(candidate.to), candidate.to.priority, _draw(candidate.to, dice), candidate)
-            for candidate in candidates
-        ]
-        keyed.sort(key=lambda row: row[:4])
-        told = strategy not in ("priority", "local", "remote")
-        ranked = [Ranked(row[4], row[1] if told else None) for row in keyed]
+    scores: list[float] | None = None
+    match strategy:
+        case "round_robin":
+            places = _turned(pool, turn)
+        case "price":
+            places = range(len(pool))
+            scores = _prices(pool, max(1, needs.prompt), max(1, needs.output))
+        case "latency":
+            places, known = range(len(pool)), health.latencies(now)
+            scores = [known.get(each, PRIOR_LATENCY) for each in pool.ids]
+        case "throughput":
+            places, known = range(len(pool)), health.throughputs(now)
+            scores = [-known.get(each, PRIOR_THROUGHPUT) for each in pool.ids]
+        case _:
+            places = _shared_out(pool, dice)
+    if scores:
+        places = sorted(places, key=scores.__getitem__)
+    elif strategy in ("local", "remote"):
+        places = sorted(places, key=pool.local.__getitem__, reverse=strategy == "local")
     if wish.order:
-        place = {name: at for at, name in enumerate(wish.order)}
-        ranked.sort(key=lambda each: (each.candidate.rank, place.get(each.candidate.to.provider.name, len(place))))
-    return ranked
+        wanted = {name: place for place, name in enumerate(wish.order)}
+        places = sorted(places, key=lambda at: wanted.get(pool.names[at], len(wanted)))
+    if pool.ranks[-1]:
+        places = sorted(places, key=pool.ranks.__getitem__)
+    return Order(pool, places, scores)
 
 
-def awake(ranked: Sequence[Ranked], health: Health, now: float, removed: list[Removal]) -> Sequence[Ranked]:
+def awake(order: Order, health: Health, now: float, removed: list[Removal]) -> Order:
     """Without those that rest; where all do, those that may be asked all the same, the first to wake first.
 
     Raises Overloaded where none may: our account at each of them has no credit."""
-    rests = [health.resting(each.candidate.to.id, now) for each in ranked]
-    if not any(rests):
-        return ranked
-    up = [each for each, rest in zip(ranked, rests, strict=True) if rest is None]
+    resting = health.resting(now)
+    if not resting:
+        return order
+    pool = order.pool
+    rests = {at: rest for name, rest in resting.items() for at in pool.where.get(name, ())}
+    up = [at for at in order.places if at not in rests] if rests else order.places
     if up:
-        for each, rest in zip(ranked, rests, strict=True):
-            if rest:
-                removed.append(Removal(each.candidate, "resting", _resting(rest, now)))
-        return up
-    tired = [(rest.until, each) for each, rest in zip(ranked, rests, strict=True) if rest and not rest.absolute]
+        removed += [Removal(pool.candidates[at], "resting", _tired(rest, now)) for at, rest in rests.items()]
+        return order._replace(places=up)
+    tired = sorted((at for at in order.places if not rests[at].absolute), key=lambda at: rests[at].until)
     if not tired:
-        wait = max(1, min(60, round(min(rest.until for rest in rests if rest) - now)))
+        wait = max(1, min(60, round(min(rest.until for rest in rests.values()) - now)))
         raise Overloaded("No deployment can be asked: all rest after failures.", retry_after=wait)
-    return [each for _, each in sorted(tired, key=lambda pair: pair[0])]
-
-
-def switched_on(candidates: Sequence[Candidate], removed: list[Removal]) -> Sequence[Candidate]:
-    """Without what is switched off; raises ModelNotFound where that is all."""
-    return _keep(candidates, "enabled", lambda to: None if to.enabled else "it is switched off", removed, _off)
+    return order._replace(places=tired)
 
 
 def may_use(key: VirtualKey, asked: str, to: Deployment) -> bool:
@@ -206,38 +255,36 @@ def may_use(key: VirtualKey, asked: str, to: Deployment) -> bool:
 
 
 Complaint: TypeAlias = Callable[[str, Sequence[Removal]], GatewayError]
+"""By the name asked for and whoever was taken away."""
 
 
 def _keep(
-    candidates: Sequence[Candidate],
+    pool: Pool,
     name: str,
     fault: Callable[[Deployment], str | None],
     removed: list[Removal],
     complaint: Complaint,
-) -> Sequence[Candidate]:
+) -> Pool:
     """The candidates in which `fault` finds nothing wrong."""
-    kept: list[Candidate] = []
-    taken: list[Removal] = []
-    for candidate in candidates:
-        if why := fault(candidate.to):
-            taken.append(Removal(candidate, name, why))
-        else:
-            kept.append(candidate)
+    faults = [fault(candidate.to) for candidate in pool.candidates]
+    if not any(faults):
+        return pool
+    taken = [Removal(each, name, why) for each, why in zip(pool.candidates, faults, strict=True) if why]
     removed += taken
-    if not kept:
-        raise complaint(candidates[0].asked, taken)
-    return kept
+    if len(taken) == len(pool):
+        raise complaint(pool.candidates[0].asked, taken)
+    return Pool(each for each, why in zip(pool.candidates, faults, strict=True) if not why)
 
 
-def _note(
-    before: Iterable[Candidate], after: Collection[Candidate], name: str, why: str, removed: list[Removal]
-) -> None:
-    if len(after) < len(before if isinstance(before, Sequence) else list(before)):
-        kept = set(map(id, after))
-        removed += [Removal(candidate, name, why) for candidate in before if id(candidate) not in kept]
+def _left(pool: Pool, stays: Sequence[bool], name: str, why: str, removed: list[Removal]) -> Pool:
+    """The same, where all have the same fault; the pool may be left empty."""
+    if all(stays):
+        return pool
+    removed += [Removal(each, name, why) for each, stay in zip(pool.candidates, stays, strict=True) if not stay]
+    return Pool(each for each, stay in zip(pool.candidates, stays, strict=True) if stay)
 
 
-def _wanted(to: Deployment, wish: Preferences) -> str | None:
+def _unwanted(wish: Preferences, to: Deployment) -> str | None:
     """A provider that has preferences of the same kind (OpenRouter) is asked, and told of them, unless it is named."""
     name = to.provider.name
     if name in wish.ignore:
@@ -249,52 +296,54 @@ def _wanted(to: Deployment, wish: Preferences) -> str | None:
     return None
 
 
-def _unwanted(asked: str, taken: Sequence[Removal]) -> GatewayError:
+def _nobody_wanted(asked: str, taken: Sequence[Removal]) -> GatewayError:
     names = ", ".join(sorted({removal.candidate.to.provider.name for removal in taken}))
     message = f"'provider' leaves no provider for the model '{asked[:128]}', which is served by: {names}."
     return InvalidRequest(message, param="provider", code="unknown_provider")
 
 
-def _dear(to: Deployment, most: Mapping[str, float]) -> str | None:
+def _dear(most: Mapping[str, float], to: Deployment) -> str | None:
     if to.price is None:
         return "its price is not known"
     for name, rate in (("prompt", to.price.input), ("completion", to.price.output), ("request", to.price.request)):
         if (limit := most.get(name)) is not None and rate > float(limit) * NANO:
-            return f"its {name} price is {rate / NANO:g}, above {limit}"
+            return f"its {name} price is {rate / NANO:g}, above {limit:g}"
     return None
 
 
 def _too_dear(asked: str, taken: Sequence[Removal]) -> GatewayError:
-    message = f"'provider.max_price' leaves no deployment of '{asked[:128]}': {_first(taken)}."
+    message = f"'provider.max_price' leaves no deployment of '{asked[:128]}': {_one_of(taken)}."
     return InvalidRequest(message, param="provider.max_price", code="invalid_value")
-
-
-def _lacks(to: Deployment, features: Collection[str]) -> str | None:
-    lacking = [feature for feature in features if feature in to.provider.refuses]
-    return f"its provider does not support '{min(lacking)}'" if lacking else None
 
 
 CAPABILITIES = {
     "tools": "tools", "functions": "tools", "image_url": "vision", "json_schema": "json_schema",
     "input_audio": "audio", "file": "files",
 }  # fmt: skip
-"""Which declared capability a feature needs; `[models]` of gateway.toml declares them."""
+"""Which capability a feature needs, where a deployer declared them (`[models]` in gateway.toml)."""
 
 
-def _undeclared(to: Deployment, features: Collection[str]) -> str | None:
-    if not to.declared:
-        return None
-    lacking = [need for feature in features if (need := CAPABILITIES.get(feature)) and need not in to.capabilities]
-    return f"it is not declared to have '{min(lacking)}'" if lacking else None
+def _lacking(refused: Collection[str], needs: Needs) -> list[str]:
+    return [feature for feature in needs.features if feature in refused]
 
 
-def _incapable(asked: str, taken: Sequence[Removal]) -> GatewayError:
-    feature = taken[0].why.rpartition(" '")[2].rstrip("'")
-    message = f"No deployment of '{asked[:128]}' can be asked this: {_first(taken)}."
+def _incapable(needs: Needs, to: Deployment) -> str | None:
+    if lacking := _lacking(to.provider.refuses, needs):
+        return f"its provider does not support '{min(lacking)}'"
+    if to.declared:
+        wanted = {CAPABILITIES[feature] for feature in needs.features if feature in CAPABILITIES}
+        if lacking := wanted.difference(to.capabilities):
+            return f"it is not declared to have '{min(lacking)}'"
+    return None
+
+
+def _nobody_capable(asked: str, taken: Sequence[Removal]) -> GatewayError:
+    feature = taken[0].why.split("'")[1]
+    message = f"No deployment of '{asked[:128]}' can be asked this: {_one_of(taken)}."
     return InvalidRequest(message, param=PARAMETERS.get(feature, feature), code="unsupported_parameter")
 
 
-def _short(to: Deployment, needs: Needs) -> str | None:
+def _short(needs: Needs, to: Deployment) -> str | None:
     window = to.context_window
     if not window or window >= needs.prompt + needs.output:
         return None
@@ -302,55 +351,50 @@ def _short(to: Deployment, needs: Needs) -> str | None:
 
 
 def _too_long(asked: str, taken: Sequence[Removal]) -> GatewayError:
-    message = f"This request is too long for every deployment of '{asked[:128]}': {_first(taken)}."
+    message = f"This request is too long for every deployment of '{asked[:128]}': {_one_of(taken)}."
     return ContextLengthExceeded(message, param="messages")
 
 
 def _off(asked: str, taken: Sequence[Removal]) -> GatewayError:
-    return ModelNotFound(f"The model '{asked[:128]}' is switched off by an administrator.", param="model")
+    return ModelNotFound(f"The model '{asked[:128]}' is switched off.", param="model")
 
 
-def _first(taken: Sequence[Removal]) -> str:
+def _one_of(taken: Sequence[Removal]) -> str:
     return f"{taken[0].candidate.to.id}: {taken[0].why}"
 
 
-def _resting(rest: Rest, now: float) -> str:
+def _tired(rest: Rest, now: float) -> str:
     return f"it rests {max(0, rest.until - now):.0f} s more after '{rest.fault}'"
 
 
-def _draw(to: Deployment, dice: Callable[[], float]) -> float:
-    """Sorting by this shares by weight: https://doi.org/10.1016/j.ipl.2005.11.003."""
-    return -(max(dice(), 1e-12) ** (1 / to.weight))
+def _shared_out(pool: Pool, dice: Callable[[], float]) -> Sequence[int]:
+    """By priority, and among equals by a draw that prefers the weightier: https://doi.org/10.1016/j.ipl.2005.11.003."""
+    if pool.groups[-1] == len(pool) - 1:
+        return range(len(pool))
+    if pool.even:
+        draws = [group + dice() for group in pool.groups]
+    else:
+        draws = [group - dice() ** share for group, share in zip(pool.groups, pool.shares, strict=True)]
+    return sorted(range(len(pool)), key=draws.__getitem__)
 
 
-def _scores(strategy: Strategy, needs: Needs, health: Health, now: float) -> Callable[[Deployment], float]:
-    prompt, output = needs.prompt, needs.output
-    match strategy:
-        case "price":
-            return lambda to: price_of(to, prompt, output)
-        case "latency":
-            return lambda to: health.latency(to.id, now)
-        case "throughput":
-            return lambda to: -health.throughput(to.id, now)
-        case "local":
-            return lambda to: not to.provider.local
-        case "remote":
-            return lambda to: to.provider.local
-        case _:
-            return lambda to: 0
-
-
-def price_of(to: Deployment, prompt: int, output: int) -> float:
+def _prices(pool: Pool, prompt: int, output: int) -> list[float]:
     """US dollars for a request of this size; infinite where no price is known."""
+    if pool.plain:
+        a, b = prompt / 1e15, output / 1e15  # of nano-dollars per million tokens
+        return [a * into + b * out for into, out in zip(pool.inputs, pool.outputs, strict=True)]
+    return [_price(candidate.to, prompt, output) for candidate in pool.candidates]
+
+
+def _price(to: Deployment, prompt: int, output: int) -> float:
     if to.price is None:
-        return float("inf")
-    price = to.price.at(prompt) if to.price.tiers else to.price
+        return UNKNOWN
+    price = to.price.at(prompt)
     return (prompt * price.input + output * price.output) / 1e15 + price.request / NANO
 
 
-def _turned(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
-    """Each in its turn, in one fixed order; those of later names follow, in theirs."""
-    members = [candidate for candidate in candidates if candidate.rank == candidates[0].rank]
-    rest = [candidate for candidate in candidates if candidate.rank != candidates[0].rank]
-    start = (turn - 1) % len(members)
-    return [*members[start:], *members[:start], *rest]
+def _turned(pool: Pool, turn: int) -> Sequence[int]:
+    """Each of the first rank in its turn, in one fixed order."""
+    members = pool.ranks.count(pool.ranks[0])
+    start = (turn - 1) % members
+    return [*range(start, members), *range(start), *range(members, len(pool))]

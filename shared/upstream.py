@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from math import inf
-from ssl import SSLContext
+from ssl import PROTOCOL_TLS_CLIENT, SSLContext
 from typing import Any, Literal, cast
 
 import httpx
@@ -92,7 +92,8 @@ class Upstream:
             return self._transport
         origin = url.scheme, url.netloc
         if origin not in self._pools:
-            self._pools[origin] = Pool(self._context, self._settings.proxy, self._max_connections)
+            context = self._context if url.scheme == "https" else SSLContext(PROTOCOL_TLS_CLIENT)  # trusts nobody
+            self._pools[origin] = Pool(context, self._settings.proxy, self._max_connections)
         return self._pools[origin]
 
     @cached_property
@@ -322,9 +323,11 @@ def _event(text: bytes) -> JSON | None:
         event = orjson.loads(text)
     except orjson.JSONDecodeError:
         event = _mended(text)
+    if not isinstance(event, dict):
+        return None
     if text.count(b"{") + text.count(b"[") > MAX_DEPTH and too_deep(event, MAX_DEPTH):
         return None  # orjson reads more than it can write
-    return cast("JSON", event) if isinstance(event, dict) else None
+    return cast("JSON", event)
 
 
 def _mended(text: bytes) -> Any:
@@ -362,10 +365,10 @@ async def _gathered(reader: _Reader, start: bytes, body: AsyncGenerator[bytes]) 
         pieces += reader.feed(data)
     reader.end()
     answer = assembled(chunk for chunk, _ in pieces)
-    if not answer["choices"]:
-        raise _empty()
     if not (reader.done or reader.finished) or not all(choice.get("finish_reason") for choice in answer["choices"]):
         raise ProviderError("disconnected", "The provider's stream ended before its answer.", ambiguous=True)
+    if not answer["choices"]:
+        raise _empty()
     return Piece(answer, next((usage for _, usage in reversed(pieces) if usage), None))
 
 
@@ -375,8 +378,6 @@ async def _check(response: httpx.Response, to: Deployment) -> None:
     if status == 200:
         if _content_type(response).startswith("text/html"):
             raise ProviderError("content_type", "The provider answered with a web page.", status=status)
-    elif status < 200:
-        raise ProviderError("protocol", f"The provider answered with status {status}.", status=status)
     elif status < 300:
         raise ProviderError("empty", f"The provider answered with status {status}.", status=status, ambiguous=True)
     elif status < 400:

@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 
-from shared.catalog import Deployment
 from shared.config import Provider
 from shared.errors import StoreUnavailable
 from shared.schema import JSON, Call
@@ -33,7 +32,7 @@ class Vault:
         self._store = store
         self._clock = clock
 
-    def recall(self, call: Call, key_id: str, candidates: Iterable[Deployment]) -> Recall | None:
+    def recall(self, call: Call, key_id: str, rows: Iterable[Provider]) -> Recall | None:
         """None where nothing can be missing, or nobody who may answer would care."""
         if call.surface != "chat":
             return None
@@ -44,7 +43,7 @@ class Vault:
             for each in message.get("tool_calls") or ()
             if not each.get("extra_content")
         ]
-        if not ids or not any(cares(to.provider) for to in candidates):
+        if not ids or not any(map(cares, rows)):
             return None
         return Recall(self._store, {note_name(key_id, call_id): call_id for call_id in ids[-MOST:]})
 

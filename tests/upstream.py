@@ -20,6 +20,7 @@ import base64
 import json
 import re
 import socket
+import ssl
 import struct
 import time
 from collections import deque
@@ -125,10 +126,14 @@ class Exchange:
 
 
 class Upstream:
-    """The server, its scripts and its notes; with `key`, no other bearer will do."""
+    """The server, its scripts and its notes; with `key`, no other will do, as bearer or in another `header`."""
 
-    def __init__(self, key: str | None = None) -> None:
+    def __init__(
+        self, key: str | None = None, header: str = "authorization", tls: ssl.SSLContext | None = None
+    ) -> None:
         self.key = key
+        self.header = header
+        self.tls = tls
         self.forget()
 
     def forget(self) -> None:
@@ -152,11 +157,11 @@ class Upstream:
         self.connections = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.server = await asyncio.get_running_loop().create_server(
-            lambda: Peer(asyncio.StreamReader(limit=MAX_HEAD), self.serve), "127.0.0.1", 0
+            lambda: Peer(asyncio.StreamReader(limit=MAX_HEAD), self.serve), "127.0.0.1", 0, ssl=self.tls
         )
         self.port: int = self.server.sockets[0].getsockname()[1]
         self.host = f"127.0.0.1:{self.port}"
-        self.url = f"http://{self.host}/v1"
+        self.url = f"http{'s' if self.tls else ''}://{self.host}/v1"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -232,6 +237,28 @@ def send(*pieces: bytes) -> Step:
 def chunk(*pieces: bytes) -> Step:
     """Each piece as one HTTP chunk; an empty one ends the body."""
     return send(*map(framed, pieces))
+
+
+def apart(*pieces: bytes) -> Step:
+    """Each piece is on its way by itself, and read before the next one is, by a reader in this process."""
+
+    async def step(exchange: Exchange) -> None:
+        for piece in pieces:
+            await exchange.send(piece)
+            await asyncio.sleep(0.001)
+
+    return step
+
+
+def endless(piece: bytes, every: float = 0.0) -> Step:
+    """The same again and again, until the peer hangs up."""
+
+    async def step(exchange: Exchange) -> None:
+        while True:
+            await exchange.send(piece)
+            await asyncio.sleep(every)
+
+    return step
 
 
 def sleep(seconds: float) -> Step:
@@ -461,7 +488,8 @@ def parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
 def check_headers(seen: Seen, upstream: Upstream) -> None:
     if seen.headers.get("host") != upstream.host:
         raise MalformedError(f"host {seen.headers.get('host')!r}")
-    bearer = re.fullmatch(r"Bearer ([!-~]+)", seen.headers.get("authorization", ""))
+    scheme = "Bearer " if upstream.header == "authorization" else ""
+    bearer = re.fullmatch(rf"{scheme}([!-~]+)", seen.headers.get(upstream.header, ""))
     if not bearer or upstream.key not in (None, bearer[1]):
         raise MalformedError("no bearer, or not the provider's key")
     if seen.method == "POST":

@@ -11,9 +11,9 @@ from starlette.responses import Response
 from functions.answering import Asked
 from functions.deps import Caller, Offered, body
 from functions.openapi import takes
-from functions.typed import TypedEvents, rate_limited
+from functions.typed import TypedEvents, rate_limited, refused
 from shared.catalog import Catalog, Route
-from shared.errors import InvalidRequest, NoProvider, RateLimited
+from shared.errors import ContentPolicyViolation, InvalidRequest, NoProvider, RateLimited
 from shared.exchange import Exchange
 from shared.gateway import Plan
 from shared.history import Context
@@ -89,8 +89,10 @@ async def take_turn(request: Request, caller: Caller, services: Offered) -> Resp
     context = Context(services.store, caller.key_id, user, session_id)
     try:
         return await asked.answered(planned, context=context, events=TypedEvents())
-    except RateLimited as error:  # 200, as the seed has it
-        return Response(rate_limited(error), headers=error.headers, media_type="text/event-stream")
+    except (RateLimited, ContentPolicyViolation) as error:  # 200, as the seed has it
+        request.state.told["error"] = error.code
+        events = rate_limited(error) if isinstance(error, RateLimited) else refused(error)
+        return Response(events, headers=error.headers, media_type="text/event-stream")
 
 
 def chosen(catalog: Catalog, provider: str | None) -> Route:

@@ -25,8 +25,8 @@ async def explain(request: Request, key: Identified, services: Offered) -> JSONB
     told: JSON = {"object": "route", "model": call.model}
     try:
         plan = await gateway.plan(call, removed=removed)
-        ranked = gateway.choose(plan, key, removed, ahead=1)
+        order = gateway.choose(plan, key, removed, ahead=1)
     except GatewayError as refused:
-        nobody = Routing("none", (), removed).told()
+        nobody = Routing("none", None, removed).told()
         return JSONBytes({**told, **nobody, "status": refused.status, **refused.body()})
-    return JSONBytes({**told, **Routing(plan.strategy, ranked, removed).told()})
+    return JSONBytes({**told, **Routing(plan.strategy, order, removed).told()})

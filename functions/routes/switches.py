@@ -56,7 +56,7 @@ async def list_models(_: Administrator, services: Offered) -> JSONBytes:
     await services.gateway.state.read()
     known = {listing.id: listing.deployments[0] for listing in services.catalog.models() if listing.one}
     state, now = services.gateway.state, time.time()
-    for name in {*state.switches, *state.health.rests(now)} - known.keys():
+    for name in {*state.switches, *state.health.resting(now)} - known.keys():
         if "/" in name and (found := _found(name, services)):
             known[name] = found
     return JSONBytes({"object": "list", "data": [_deployment(to, services) for to in known.values()]})
@@ -103,13 +103,14 @@ def _provider(row: Provider, services: Services) -> JSON:
         "priority": switch.priority if switch and switch.priority is not None else row.priority,
         "default_model": row.default_model,
         "switched": switch._asdict() if switch else None,
-        "resting": _rest(state.health.resting(row.name, now), now),
+        "resting": _rest(state.health.resting(now).get(row.name), now),
     }
 
 
 def _deployment(to: Deployment, services: Services) -> JSON:
     state, now = services.gateway.state, time.time()
     health, own, now_so = state.health, state.switches.get(to.id), state.switched(to)
+    resting = health.resting(now)
     return {
         "id": to.id,
         "object": "deployment",
@@ -119,9 +120,9 @@ def _deployment(to: Deployment, services: Services) -> JSON:
         "enabled": now_so.enabled,
         "priority": now_so.priority,
         "switched": own._asdict() if own else None,
-        "resting": _rest(health.resting(to.id, now), now),
-        "latency_seconds": round(health.latency(to.id, now), 3),
-        "tokens_per_second": round(health.throughput(to.id, now), 1),
+        "resting": _rest(resting.get(to.provider.name) or resting.get(to.id), now),
+        "latency_seconds": health.latencies(now).get(to.id),
+        "tokens_per_second": health.throughputs(now).get(to.id),
     }
 
 

@@ -52,7 +52,7 @@ class AnthropicDialect:
             raise refusals.in_answer(body)
         choice: JSON = {"index": 0, "message": _message(body, to)}
         answers.finish(choice, _text(body["stop_reason"]))
-        return Piece({"choices": [choice]}, _usage(body["usage"]))
+        return Piece({"choices": [choice]}, _usage(_object(body.get("usage"))))
 
     def stream(self, call: Call, to: Deployment) -> Translate:
         return _Stream(to)
@@ -95,10 +95,7 @@ def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int) -
 
 
 def _thought(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, forced: bool) -> Thought:
-    """Anthropic's own `thinking` goes as it is; else what the caller says in OpenAI's or OpenRouter's words.
-
-    With a budget, no tool may be forced, and what was thought before the calls that are now answered must be there:
-    https://platform.claude.com/docs/en/build-with-claude/thinking-tool-workflows"""
+    """Anthropic's own `thinking` goes as it is; else what the caller says in OpenAI's or OpenRouter's words."""
     match call.body.get("thinking"):
         case {"type": "enabled", "budget_tokens": int()} | {"type": "adaptive" | "between_tools"}:
             return Thought(parameters.take("thinking"), None, on=True)
@@ -109,7 +106,7 @@ def _thought(call: Call, parameters: Parameters, to: Deployment, max_tokens: int
     messages: list[JSON] = call.body["messages"]
     last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
     forgotten = last is not None and bool(last.get("tool_calls")) and not _thoughts(last, to)
-    return think(call, parameters, to, max_tokens, by_budget=not forced and not forgotten)
+    return think(call, parameters, to, max_tokens, forced=forced, forgotten=forgotten)
 
 
 def _sampling(parameters: Parameters, thought: Thought) -> JSON:
@@ -339,7 +336,7 @@ def _message(body: JSON, to: Deployment) -> JSON:
         said["tool_calls"] = [_call(block, orjson.dumps(block["input"]).decode()) for block in uses]
     if annotations:
         said["annotations"] = annotations
-    if explanation := _object(body.get("stop_details")).get("explanation"):
+    if explanation := _explanation(body):
         said["refusal"] = explanation
     if thoughts:
         said["extra_content"] = _signed(thoughts, to)
@@ -347,12 +344,18 @@ def _message(body: JSON, to: Deployment) -> JSON:
 
 
 def _call(block: JSON, arguments: str) -> JSON:
-    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+    function = {"name": _text(block["name"]), "arguments": arguments}
+    return {"id": _text(block["id"]), "type": "function", "function": function}
 
 
 def _signed(thoughts: list[JSON], to: Deployment) -> JSON:
     """What `_thoughts` takes back. Signatures are of no use to another model."""
     return {"anthropic": {"model": to.model, "thinking": thoughts}}
+
+
+def _explanation(said: JSON) -> str:
+    """Why it refuses: https://platform.claude.com/docs/en/build-with-claude/handling-stop-reasons"""
+    return _text(_object(said.get("stop_details")).get("explanation") or "")
 
 
 def _annotations(citations: list[JSON] | None, start: int, end: int) -> list[JSON]:
@@ -363,7 +366,7 @@ def _annotations(citations: list[JSON] | None, start: int, end: int) -> list[JSO
             "url_citation": {"url": url, "title": cited.get("title") or "", "start_index": start, "end_index": end},
         }
         for cited in citations or ()
-        if (url := cited.get("url"))
+        if isinstance(url := cited.get("url"), str)
     ]
 
 
@@ -407,7 +410,7 @@ class _Stream:
         match block["type"]:
             case "text":
                 block["start"] = self._length
-                return self._said(block["text"])
+                return self._said(_text(block["text"]))
             case "thinking":
                 return _delta(reasoning_content=_text(block["thinking"]))
             case "tool_use":
@@ -420,9 +423,9 @@ class _Stream:
     def _more(self, block: JSON, delta: JSON) -> list[Piece]:
         match delta["type"]:
             case "text_delta":
-                return self._said(delta["text"])
+                return self._said(_text(delta["text"]))
             case "input_json_delta" if block["type"] == "tool_use":
-                return _arguments(block, delta["partial_json"])
+                return _arguments(block, _text(delta["partial_json"]))
             case "thinking_delta":
                 block["thinking"] += delta["thinking"]
                 return _delta(reasoning_content=delta["thinking"])
@@ -455,15 +458,18 @@ class _Stream:
         usage = _usage(self._counts)
         if not (word := delta["stop_reason"]):
             return [Piece({"choices": []}, usage)]
-        explanation = _object(delta.get("stop_details")).get("explanation")
         signed = _signed(self._thoughts, self._to) if self._thoughts else None
         choice: JSON = {"index": 0, "delta": {}}
         answers.finish(choice, _text(word))
-        return [*_delta(refusal=explanation), *_delta(extra_content=signed), Piece({"choices": [choice]}, usage)]
+        return [
+            *_delta(refusal=_explanation(delta)),
+            *_delta(extra_content=signed),
+            Piece({"choices": [choice]}, usage),
+        ]
 
-    def _count(self, usage: JSON | None) -> None:
+    def _count(self, usage: Any) -> None:
         """The last number of each kind holds: they are sums already."""
-        self._counts |= {name: count for name, count in (usage or {}).items() if count is not None}
+        self._counts |= {name: count for name, count in _object(usage).items() if count is not None}
 
 
 def _delta(**said: Any) -> list[Piece]:

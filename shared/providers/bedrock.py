@@ -10,6 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
@@ -144,7 +145,7 @@ def _told(payload: bytes) -> Any:
 class _Thought(NamedTuple):
     """What is sent as `additionalModelRequestFields`, as `outputConfig.effort` and as the bound of the output.
 
-    `on`: the model may think, so that it takes no sampling parameters, and takes back what it thought before."""
+    `on`: the model may think, be it unasked, and takes no sampling parameters then."""
 
     fields: JSON
     effort: str | None
@@ -155,10 +156,10 @@ class _Thought(NamedTuple):
 def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | None) -> JSON:
     for name in TAKEN:
         parameters.take(name)
-    family, messages = to.provider.family(to.model), call.body["messages"]
-    tools, choice = _tools(parameters, to, [name for message in messages for name in _called(message)])
+    family, messages = to.provider.family(to.model), cast("list[JSON]", call.body["messages"])
+    tools, choice = _tools(parameters, to, called=list(dict.fromkeys(chain.from_iterable(map(_called, messages)))))
     thought = _thought(call, parameters, to, max_tokens, forced="toolChoice" in tools or choice.get("type") in FORCED)
-    system, turns = _conversation(messages, to, thinks=thought.on)
+    system, turns = _conversation(messages, to, reminded=thought.on or family != "claude")
     fields: JSON = {
         **thought.fields,
         **({"tool_choice": choice} if choice else {}),
@@ -218,7 +219,7 @@ def _thought(call: Call, parameters: Parameters, to: Deployment, max_tokens: int
     last = next((message for message in reversed(call.body["messages"]) if message["role"] == "assistant"), None)
     forgotten = last is not None and bool(last.get("tool_calls")) and not _thoughts(last, to)
     bound = max_tokens or to.max_output or MAX_TOKENS
-    thinking, effort, on = think(call, parameters, to, bound, by_budget=not forced and not forgotten)
+    thinking, effort, on = think(call, parameters, to, bound, forced=forced, forgotten=forgotten)
     budgeted = thinking is not None and "budget_tokens" in thinking
     return _Thought(_given(thinking=thinking), effort, bound if budgeted else max_tokens, on)
 
@@ -333,13 +334,15 @@ def _called(message: JSON) -> Iterator[str]:
         yield from (call["function"]["name"] for call in message.get("tool_calls") or () if call.get("function"))
 
 
-def _conversation(messages: list[JSON], to: Deployment, *, thinks: bool) -> tuple[list[JSON], list[JSON]]:
-    """What the system says, wherever it says it, and the turns of user and assistant, results of tools first."""
+def _conversation(messages: list[JSON], to: Deployment, *, reminded: bool) -> tuple[list[JSON], list[JSON]]:
+    """What the system says, wherever it says it, and the turns of user and assistant, results of tools first.
+
+    `reminded`: with what the model thought before."""
     blocks = _Blocks(to)
     system: list[JSON] = []
     turns: list[JSON] = []
     for message in messages:
-        said = blocks.of(message, thinks=thinks)
+        said = blocks.of(message, reminded=reminded)
         if message["role"] in ("system", "developer"):
             system += said
         elif said:
@@ -368,7 +371,7 @@ class _Blocks:
         self._family = to.provider.family(to.model)
         self._names: set[str] = set()
 
-    def of(self, message: JSON, *, thinks: bool) -> list[JSON]:
+    def of(self, message: JSON, *, reminded: bool) -> list[JSON]:
         match message:
             case {"role": "function"} | {"role": "assistant", "function_call": dict()}:
                 raise unsupported(self._to, "messages", "does not support 'functions'")
@@ -379,7 +382,7 @@ class _Blocks:
                 blocks = [{"toolResult": {"toolUseId": self._call_id(call_id), "content": result}}, *points[:1]]
             case {"role": "assistant"}:
                 said = self._content(message.get("content") or message.get("refusal"), "assistant")
-                thoughts = _thoughts(message, self._to) if thinks else []
+                thoughts = _thoughts(message, self._to) if reminded else []
                 blocks = [*thoughts, *said, *map(self._tool_use, message.get("tool_calls") or ())]
             case _:
                 blocks = self._content(message["content"], message["role"])
@@ -504,7 +507,7 @@ class _Stream:
     """What each event brings; unknown ones are none of the caller's. Only calls have a start for certain.
 
     A call that is open is kept under its block's index: its index `at` among the calls, none for the provider's own
-    tools, and whether its arguments were `told`. So are thoughts, as far as they have come."""
+    tools, and whether its arguments were `told`. So are thoughts, as far as they have come; they go back when whole."""
 
     def __init__(self, to: Deployment, *, hidden: bool) -> None:
         self._to = to
@@ -512,6 +515,7 @@ class _Stream:
         self._count = 0
         self._calls: dict[int, JSON] = {}
         self._thoughts: dict[int, dict[str, str]] = {}
+        self._signed: list[JSON] = []
         self._due = {"messageStop", "metadata"}
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
@@ -525,7 +529,10 @@ class _Stream:
             case "messageStop":
                 choice: JSON = {"index": 0, "delta": {}}
                 answers.finish(choice, _text(data["stopReason"]))
-                pieces = [Piece({"choices": [choice]})]
+                signed = (
+                    _signed(self._signed, self._to) if self._signed else None
+                )  # once: clients join what comes twice
+                pieces = [*_delta(extra_content=signed), Piece({"choices": [choice]})]
             case "metadata":
                 pieces = [Piece({"choices": []}, _usage(data.get("usage")))]
             case "error":
@@ -565,12 +572,10 @@ class _Stream:
             return [] if call.get("told") else _arguments(call, "{}")
         thought = self._thoughts.pop(index, {})
         if redacted := thought.get("redactedContent"):
-            block: JSON = {"reasoningContent": {"redactedContent": redacted}}
+            self._signed.append({"reasoningContent": {"redactedContent": redacted}})
         elif thought.get("signature"):
-            block = {"reasoningContent": {"reasoningText": {"text": "", **thought}}}
-        else:
-            return []
-        return _delta(extra_content=_signed([block], self._to))
+            self._signed.append({"reasoningContent": {"reasoningText": {"text": "", **thought}}})
+        return []
 
 
 def _joined(name: str, before: str, part: str) -> str:

@@ -33,10 +33,8 @@ class ChatOnly:
         return outgoing._replace(dropped=(*outgoing.dropped, *told(["logprobs"], call, to)))
 
     def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
-        whole = guarded(self._inner.completion)
-        return (
-            _as_text([whole(_as_chat(call), to, body)])[0] if call.surface == "completions" else whole(call, to, body)
-        )
+        piece = guarded(self._inner.completion)(_as_chat(call), to, body)
+        return _as_text([piece])[0] if call.surface == "completions" else piece
 
     def stream(self, call: Call, to: Deployment) -> Translate:
         translate = guarded(self._inner.stream(_as_chat(call), to))

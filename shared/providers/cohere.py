@@ -26,6 +26,7 @@ PARTS = {
     "assistant": {"text", "refusal"},
     "tool": {"text", "document"},
 }
+"""Which parts a message may have, by its role."""
 TOOL_CHOICES = {"required": "REQUIRED", "none": "NONE"}
 NO_PARAMETERS: JSON = {"type": "object", "properties": {}}
 MAX_OUTPUT = 32_000
@@ -181,7 +182,7 @@ def _messages(messages: list[JSON], to: Deployment) -> list[JSON]:
     for message in messages:
         if message["role"] in ("system", "developer"):
             content = _content(message["content"], "system", to)
-            system += [{"type": "text", "text": content}] if isinstance(content, str) else content
+            system += content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
         elif (sent := _message(message, to)) is not None:
             others.append(sent)
     return [{"role": "system", "content": system}, *others] if system else others
@@ -200,8 +201,8 @@ def _message(message: JSON, to: Deployment) -> JSON | None:
         sent["content"] = content
     if calls := message.get("tool_calls"):
         sent["tool_calls"] = [_call(call, to) for call in calls]
-        if plan := message.get("reasoning_content"):
-            sent["tool_plan"] = plan
+        if (plan := message.get("reasoning_content")) and to.provider.echoes_reasoning:
+            sent[to.provider.echoes_reasoning] = plan
     return sent if len(sent) > 1 else None
 
 
@@ -214,7 +215,7 @@ def _content(content: str | list[JSON], role: str, to: Deployment) -> str | list
 
 def _part(part: JSON, role: str, to: Deployment) -> JSON:
     kind: str = part["type"]
-    if kind not in PARTS[role]:
+    if kind not in PARTS[role] or kind not in part:
         raise unsupported(to, "messages", f"does not support '{kind}' in what the {role} says")
     if kind == "refusal":
         return {"type": "text", "text": part["refusal"]}
@@ -290,9 +291,8 @@ class _Stream:
                 return []
 
     def _said(self, text: str, thought: str) -> list[Piece]:
-        if text:
-            return [_delta(content=text)]
-        return [_delta(reasoning_content=thought)] if thought and not self._hidden else []
+        said = {"content": text, "reasoning_content": "" if self._hidden else thought}
+        return [_delta(**{name: value for name, value in said.items() if value})] if any(said.values()) else []
 
     def _begun(self, at: int, call: JSON) -> Piece:
         self._calls[at] = index = len(self._calls)

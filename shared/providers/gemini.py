@@ -19,6 +19,7 @@ from shared.providers import answers, refusals
 from shared.providers.chat_only import ChatOnly
 from shared.providers.dialect import Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
+from shared.providers.parts import data_uri
 from shared.schema import JSON, Call, Usage
 from shared.sse import Decoder
 
@@ -156,8 +157,6 @@ def _config(call: Call, to: Deployment, parameters: Parameters, max_tokens: int 
     config: JSON = {theirs: value for name, theirs in NAMES.items() if (value := parameters.take(name)) is not None}
     for name in SAID_OTHERWISE:
         parameters.take(name)
-    if call.body.get("parallel_tool_calls"):  # that there be one at most, it cannot be told
-        parameters.take("parallel_tool_calls")
     if max_tokens is not None:
         config["maxOutputTokens"] = max_tokens
     if stop := parameters.take("stop"):
@@ -182,19 +181,23 @@ def _thinking(call: Call, to: Deployment, parameters: Parameters) -> JSON | None
     """https://ai.google.dev/gemini-api/docs/thinking; what is asked of a model that does not think was dropped."""
     row, model = to.provider, to.model
     levels = next((levels for pattern, levels in row.thinking_levels.items() if fnmatchcase(model, pattern)), None)
-    budgets = next((bounds for pattern, bounds in row.thinking_budgets.items() if fnmatchcase(model, pattern)), None)
-    if not (levels or budgets):
+    bounds = next((bounds for pattern, bounds in row.thinking_budgets.items() if fnmatchcase(model, pattern)), None)
+    if not (levels or bounds):
         return None
     effort, tokens = parameters.reasoning()
-    if effort is None and tokens is None:
+    if effort:
+        tokens = BUDGETS[effort]
+    if tokens is None:
         return None
-    shown = {} if effort == "none" or hides_reasoning(call) else {"includeThoughts": True}
+    least, most = bounds or (1, INT32)
+    if tokens == 0 < least:  # it cannot be stopped from thinking
+        parameters.keep_back("reasoning_effort", "reasoning")
+    shown = {"includeThoughts": True} if tokens and not hides_reasoning(call) else {}
     if levels:
-        effort = effort or next((name for name, most in BUDGETS.items() if most >= (tokens or 0)), "high")
+        effort = effort or next((name for name, budget in BUDGETS.items() if budget >= tokens), "high")
         level = next((level for level in levels if EFFORTS[level] >= EFFORTS[effort]), levels[-1])
         return {"thinkingLevel": level.upper(), **shown}
-    least, most = budgets or (0, 0)
-    return {"thinkingBudget": max(least, min(most, tokens or BUDGETS[effort or "none"])), **shown}
+    return {"thinkingBudget": max(least, min(most, tokens)), **shown}
 
 
 def _declaration(tool: JSON, to: Deployment, parameters: Parameters) -> JSON:
@@ -202,7 +205,7 @@ def _declaration(tool: JSON, to: Deployment, parameters: Parameters) -> JSON:
         raise unsupported(to, "tools", f"does not support tools of the type '{tool['type']}'")
     function: JSON = tool["function"]
     if function.get("strict"):
-        parameters.tell("tools.function.strict")
+        parameters.tell("tools.strict")
     declared = {
         "name": function["name"],
         "description": function.get("description"),
@@ -338,11 +341,9 @@ def _media(uri: str, to: Deployment) -> JSON:
     if uri.startswith(("https://", "gs://")):
         kind = MEDIA_TYPES.get(uri.partition("?")[0].rpartition(".")[2].lower())
         return {"fileData": {"fileUri": uri, **({"mimeType": kind} if kind else {})}}
-    head, _, data = uri.partition(",")
-    kind, *more = head.removeprefix("data:").split(";")
-    if not (uri.startswith("data:") and kind and "base64" in more):
-        raise unsupported(to, "messages", "takes images and files as base64 data URIs, https:// or gs:// URLs")
-    return {"inlineData": {"mimeType": kind, "data": data}}
+    if found := data_uri(uri):
+        return {"inlineData": {"mimeType": found[0], "data": found[1]}}
+    raise unsupported(to, "messages", "takes images and files as base64 data URIs, https:// or gs:// URLs")
 
 
 def _message(candidate: JSON) -> JSON:

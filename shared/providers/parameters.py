@@ -63,7 +63,7 @@ class Parameters:
         match self._left.get("reasoning_effort") or self._left.get("reasoning"):
             case {"max_tokens": int(budget)} if budget > 0:
                 found = Reasoning(budget=budget)
-            case (str(effort) | {"effort": str(effort)}) if effort in EFFORTS:
+            case str(effort) | {"effort": str(effort)} if effort in EFFORTS:
                 found = Reasoning(effort)
             case {"enabled": bool(on)}:
                 found = Reasoning("medium" if on else "none")

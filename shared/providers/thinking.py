@@ -26,10 +26,14 @@ class Thought(NamedTuple):
     on: bool
 
 
-def think(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, by_budget: bool) -> Thought:
+def think(
+    call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, forced: bool, forgotten: bool
+) -> Thought:
     """What the caller asks for, in the model's own way; what cannot be is told as dropped.
 
-    `by_budget`: nothing else in the request forbids a budget. `max_tokens` includes what is thought."""
+    `max_tokens` includes what is thought. `forced`: to call a tool, at which only models that think by themselves may
+    think. `forgotten`: what was thought before the calls that are now answered, without which there is no budget:
+    https://platform.claude.com/docs/en/build-with-claude/thinking-tool-workflows"""
     how = to.provider.thinks(to.model)
     effort, budget = parameters.reasoning()
     if effort is None and budget is None:
@@ -40,11 +44,11 @@ def think(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *
         off: JSON | None = {"type": how} if how in ("disabled", "between_tools") else None
         return Thought(off, None, how in ("between_tools", "always"))
     hidden = hides_reasoning(call)
-    if how == "budget" and by_budget and max_tokens > LEAST:
+    if how == "budget" and not forced and not forgotten and max_tokens > LEAST:
         wish = budget or int(EFFORTS[effort or "medium"] * max_tokens)
         thinking: JSON = {"type": "enabled", "budget_tokens": max(LEAST, min(wish, max_tokens * 19 // 20))}
         return Thought(thinking | ({"display": "omitted"} if hidden else {}), None, on=True)
-    if how in ("never", "budget"):
+    if how in ("never", "budget") or (how == "adaptive" and forced):
         parameters.keep_back(*WAYS)
         return Thought(None, None, on=False)
     if budget:

@@ -336,7 +336,7 @@ class DynamoStore:
         return (await self._call("get_item", TableName=self._table, Key=key, ConsistentRead=True)).get("Item")
 
     async def _put(self, item: JSON, over: str = "") -> None:
-        """Put an item once, or over the one with that `u`; raises ConditionFailedError where that is not what stands."""
+        """Put an item once, or over the one with that `u`; raises ConditionFailedError where it is not so."""
         write = only_if("u = :over") | {"ExpressionAttributeValues": {":over": typed(over)}} if over else NEW
         await self._call("put_item", TableName=self._table, Item=item, **write)
 

@@ -389,7 +389,7 @@ async def test_a_user_key_is_403_on_every_admin_route_and_changes_nothing(door: 
     user, other = await door.make(name="user"), await door.make(name="other", rpm=5)
     before = [key async for key in door.store.keys()]
     admin_routes = [route for route in all_routes(door) if route[1].startswith("/admin/")]
-    assert len(admin_routes) == 8
+    assert len(admin_routes) == 12
     for method, path in admin_routes:
         body = (
             {"enabled": False} if method == "PATCH" else {"name": "mine", "role": "admin"} if "POST" in method else None

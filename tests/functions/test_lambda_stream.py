@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import random
+import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,13 +23,12 @@ from openai import AsyncOpenAI
 
 from functions import runtime
 from functions.api import Handler as APIHandler
-from functions.app import assemble
 from functions.secrets import Current
 from functions.stream import MARGIN, Handler
+from shared.connections import IDLE_SECONDS
 from shared.keys import Keys
 from shared.store.base import Generation, VirtualKey
 from shared.store.sqlite import SQLiteStore
-from shared.upstream import IDLE_SECONDS
 from tests import upstream as fake
 from tests.apigateway import APIGateway, headers_of, rest_event, url_event
 from tests.runtime_api import Event, RuntimeAPI, process
@@ -64,6 +64,7 @@ class Cloud:
     log: Path
     user: VirtualKey
     key: str
+    process: int
 
     def chat(self, seconds: float = 900, **more: Any) -> Event:
         return self.api.invoke(chat_event(self.key, **more), seconds)
@@ -93,8 +94,8 @@ async def only_cloud(provider_for_all: Upstream, tmp_path_factory: pytest.TempPa
     store = SQLiteStore(f"{folder}/lightrail.db")
     user, key = await Keys(store, PEPPER).create(VirtualKey("", "", "ada"))
     async with RuntimeAPI() as api, APIGateway(api, APIHandler(environ)) as gateway:
-        with process(api, environ, folder / "log"):
-            yield Cloud(api, gateway, store, folder / "log", user, key)
+        with process(api, environ, folder / "log") as started:
+            yield Cloud(api, gateway, store, folder / "log", user, key, started.pid)
     await store.close()
 
 
@@ -220,6 +221,19 @@ async def test_two_events_share_a_connection_to_the_provider(cloud: Cloud, provi
         await cloud.idle()
     first, second = provider.seen
     assert first.connection == second.connection
+
+
+async def test_after_a_freeze_a_connection_that_may_have_died_is_not_used(cloud: Cloud, provider: Upstream):
+    await over(cloud.chat())
+    await cloud.idle()
+    os.kill(cloud.process, signal.SIGSTOP)  # which is how an environment rests between two events
+    try:
+        await asyncio.sleep(IDLE_SECONDS + 0.5)
+    finally:
+        os.kill(cloud.process, signal.SIGCONT)
+    await over(cloud.chat())
+    first, second = provider.seen
+    assert first.connection != second.connection
 
 
 async def test_a_stream_ends_cleanly_before_the_platform_cuts_it(cloud: Cloud, provider: Upstream):
@@ -429,14 +443,12 @@ async def test_events_are_answered_side_by_side_where_the_platform_hands_them_ou
 
 
 @asynccontextmanager
-async def running(
-    app: Any, *, parallel: int = 1, clock: Callable[[], float] = time.time, current: Current | None = None
-) -> AsyncIterator[RuntimeAPI]:
+async def running(app: Any, *, parallel: int = 1, current: Current | None = None) -> AsyncIterator[RuntimeAPI]:
     """Any ASGI app in our loop; breaking a rule of the Runtime API fails the test."""
     async with RuntimeAPI(parallel) as api:
         client = runtime.RuntimeAPI(api.address)
         current = current or Current({"DATABASE_URL": "sqlite:///never-opened.db"})
-        handler = Handler(client, app, current, alone=parallel == 1, clock=clock)
+        handler = Handler(client, app, current, alone=parallel == 1)
         loop = asyncio.ensure_future(runtime.serve(client, handler, parallel))
         yield api
         assert not loop.done(), loop.result()
@@ -643,23 +655,6 @@ async def test_a_whole_answer_has_no_longer_than_the_edge_waits_in_silence():
     long, short = ends
     assert long == {True: pytest.approx(900 - MARGIN, abs=1), False: pytest.approx(290, abs=1)}
     assert short == {True: pytest.approx(60 - MARGIN, abs=1), False: pytest.approx(60 - MARGIN, abs=1)}
-
-
-async def test_connections_to_providers_are_dropped_after_a_freeze_and_only_then(provider: Upstream, tmp_path: Path):
-    ahead = 0.0
-    environ = settings_for(tmp_path, provider.url)
-    current = Current(environ)
-    services = await current()
-    _, key = await services.keys.create(VirtualKey("", "", "ada"))
-    async with running(assemble(current.settings, current), clock=lambda: time.time() + ahead, current=current) as api:
-        for pause in (0, IDLE_SECONDS / 2, 31, -60):
-            ahead += pause
-            await over(api.invoke(chat_event(key)))
-            await until(lambda: api.waiting == 1)
-    await current.close()
-    first, soon, thawed, set_back = (seen.connection for seen in provider.seen)
-    assert first == soon
-    assert len({soon, thawed, set_back}) == 3
 
 
 async def test_two_environments_out_of_one_snapshot_do_not_draw_the_same():

@@ -11,13 +11,17 @@ import httpx
 import pytest
 
 from shared.errors import GatewayError
+from shared.providers.bedrock import EventStream
 from shared.sse import Decoder
 from shared.store.base import VirtualKey
 from shared.store.sqlite import SQLiteStore
+from tests import eventstream
 from tests.kit import Kit, Outcome, streamed, whole
 
 WIRE = Path(__file__).parents[3] / "shared" / "wire"
-RECORDED = ("openai", "azure", "groq", "mistral", "deepseek", "xai", "openrouter", "together", "cerebras", "perplexity")
+RECORDED = ["openai", "azure", "groq", "mistral", "deepseek", "xai", "openrouter", "together", "cerebras", "perplexity"]
+RECORDED += ["anthropic", "bedrock", "cohere", "gemini"]
+APIS = ("chat", "messages", "generateContent", "converse")
 ALL_ON = {f"{name.upper()}_API_KEY": "sk-test-provider-key" for name in RECORDED} | {
     "AZURE_BASE_URL": "https://unit.openai.azure.com/openai/v1",
     "OLLAMA_BASE_URL": "http://127.0.0.1:1/v1",
@@ -110,29 +114,31 @@ def recordings() -> Iterable[Any]:
         yield pytest.param(None, marks=pytest.mark.skip(reason="no recordings beside this checkout"))
         return
     for case in json.loads(index.read_text())["cases"]:
-        if case["provider"] in RECORDED and case["api"] == "chat" and case["stream"] and case["status"] == 200:
+        if case["framing"] not in ("sse", "eventstream") or case["status"] != 200:
+            continue
+        if case["provider"] in RECORDED and case["api"] in APIS:
             yield pytest.param(WIRE / case["id"], id=case["id"])
 
 
-def borders(data: bytes) -> list[int]:
+def borders(data: bytes, decoder: Any) -> list[int]:
     """Each length at which one more event is complete, and one byte before it.
 
     A cut anywhere between two of them leaves the same events, whose decoding is tested byte by byte in test_sse.py; so
     these stand for every byte."""
-    decoder = Decoder()
     ends = [at + 1 for at in range(len(data)) if decoder.feed(data[at : at + 1])]
     return sorted({0, len(data), *ends, *(end - 1 for end in ends)})
 
 
 @pytest.mark.parametrize("case", list(recordings()))
 async def test_a_recorded_stream_cut_at_every_byte(kit: Kit, key: str, case: Path) -> None:
-    provider, data = case.parent.name, next(case.glob("response.sse")).read_bytes()
+    provider, (path,) = case.parent.name, [*case.glob("response.sse"), *case.glob("response.eventstream")]
+    data, decoder = path.read_bytes(), EventStream() if path.suffix == ".eventstream" else Decoder()
     ask = {**ASK, "model": f"{provider}/some-model"}
     kit.reply = lambda _: streamed(data)
     full = await kit.ask(key, ask)
     was_whole = judge(full)
     turned_whole = False
-    for cut in borders(data):
+    for cut in borders(data, decoder):
         kit.reply = lambda _, cut=cut: streamed(data[:cut])
         outcome = await kit.ask(key, ask)
         is_whole = judge(outcome)
@@ -142,3 +148,20 @@ async def test_a_recorded_stream_cut_at_every_byte(kit: Kit, key: str, case: Pat
         if is_whole:
             assert was_whole
             assert outcome.text == full.text, "a whole ending only where nothing is missing"
+
+
+async def test_a_frame_whose_checksum_is_wrong_ends_in_an_error(kit: Kit, key: str) -> None:
+    """Unless it was only the usage, after the finish reason, that was lost."""
+    frames = [
+        eventstream.event("contentBlockDelta", contentBlockIndex=0, delta={"text": "Hel"}),
+        eventstream.event("contentBlockDelta", contentBlockIndex=0, delta={"text": "lo"}),
+        eventstream.event("messageStop", stopReason="end_turn"),
+        eventstream.event("metadata", usage={"inputTokens": 5, "outputTokens": 3, "totalTokens": 8}),
+    ]
+    ask = {**ASK, "model": "bedrock/amazon.nova-lite-v1:0"}
+    for place, frame in enumerate(frames):
+        garbled = [*frames[:place], frame[:-5] + b"~" + frame[-4:]]
+        kit.reply = lambda _, garbled=garbled: streamed(*garbled)
+        outcome = await kit.ask(key, ask)
+        assert judge(outcome) is (place == 3)
+        assert "Hello".startswith(outcome.text)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
+from types import ModuleType
 from typing import Any
 
 import orjson
@@ -19,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import tokens
+from shared.config import ConfigError
 from shared.schema import JSON, parse
-from shared.tokens import Family, Meter, Prompt, at_most, estimate_prompt, estimate_text, family_of
+from shared.tokens import Meter, Prompt, at_most, estimate_prompt, estimate_text, family_of
 
 WIRE = Path(__file__).parents[2].parent / "shared" / "wire"
 recorded = pytest.mark.skipif(not WIRE.exists(), reason="no recordings beside the checkout")
@@ -172,15 +175,64 @@ def test_the_family_is_found_by_the_models_id(model: str, family: str):
     assert family_of(model).name == family
 
 
-def test_another_counter_can_be_registered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokens, "_families", list(tokens._families))
-    try:
-        tokens.register(Family("letters", r"^mine-", 1.0, 0, 1.0, count=len))
-        assert estimate_text("four", "mine-7b") == 4
-    finally:
-        monkeypatch.undo()
-        family_of.cache_clear()
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A module of the deployer's, `own_tokens`; afterwards all models are counted as before."""
+    module = ModuleType("own_tokens")
+    monkeypatch.setitem(sys.modules, "own_tokens", module)
+    yield module
+    tokens.use({})
+
+
+def test_a_deployer_chooses_how_a_model_is_counted(own: ModuleType):
+    own.letters = len
+    tokens.use({"Mine-*": "own_tokens:letters", "mine-7b": "simple", "our-*": "claude", "gpt-4o-*": "simple"})
+    assert estimate_text("four", "mine-7b") == 4, "the first that fits"
+    assert estimate_text("four", "not-mine-7b") == 1
+    assert estimate_text("four", "mine") == 1
+    assert family_of("our-finetune").name == "claude"
+    assert estimate_text("internationally", "our-finetune") == estimate_text("internationally", "claude-opus-4-7")
+    assert estimate_text("12345678", "gpt-4o-mini") == 2
+    assert family_of("gpt-4o-mini").image_most == 48_200, "only its text is counted otherwise"
+    said = {"messages": [{"role": "user", "content": "12345678"}], "tools": [{"type": "x"}]}
+    assert 2 < estimate_prompt(said, "chat", "gpt-4o-mini") < 30
+    tokens.use({})
     assert estimate_text("four", "mine-7b") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("", 0), ("abc", 1), ("abcd", 1), ("abcde", 2), ("你好", 2), ("ab你cde好", 4), ("é" * 5, 5)]
+)
+def test_the_simple_estimate_is_the_seeds(text: str, number: int):
+    assert tokens.simple(text) == number
+
+
+def test_an_estimator_that_fails_on_a_text_is_replaced_for_it(own: ModuleType, caplog: pytest.LogCaptureFixture):
+    def fragile(text: str) -> float:
+        if "?" in text:
+            raise ValueError(text)
+        return -1 if "!" in text else 7
+
+    own.fragile = fragile
+    tokens.use({"mine-*": "own_tokens:fragile"})
+    assert estimate_text("fine", "mine-7b") == 7
+    assert estimate_text("a secret?", "mine-7b") == round(tokens.weigh("a secret?"))
+    assert estimate_text("no!", "mine-7b") == round(tokens.weigh("no!"))
+    assert [record.msg for record in caplog.records] == ["estimator.failed"] * 2
+    assert "a secret" not in str([record.__dict__ for record in caplog.records])
+
+
+def test_an_estimator_that_is_none_is_named(own: ModuleType):
+    own.text = lambda text: text
+    own.broken = lambda: 1
+    for name, wrong in (
+        ("lama", "estimators.mine-\\*: there is no 'lama': name simple, .*llama"),
+        ("no_such_module:count", "cannot be imported: ModuleNotFoundError"),
+        ("own_tokens:text", "it returned str, not a number of tokens"),
+        ("own_tokens:broken", "estimators.mine-\\*: TypeError"),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            tokens.use({"mine-*": name})
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ async def test_a_provider_that_does_not_hang_up_after_its_last_word_holds_nobody
     ("script", "status", "fault"),
     [
         ([fake.close()], 502, "closed_before_headers"),
-        ([fake.rst()], 502, "disconnected"),
-        ([fake.send(b"HTTP/1.1 200 O"), fake.close()], 502, "closed_before_headers"),
+        ([fake.rst()], 502, "closed_before_headers"),
+        ([fake.send(b"HTTP/1.1 200 O"), fake.close()], 502, "protocol"),
         ([fake.send(b"SSH-2.0-server\r\n\r\n"), fake.close()], 502, "protocol"),
         ([fake.send(fake.head(200, {"content-length": 500}) + b'{"choi'), fake.close()], 502, "disconnected"),
     ],

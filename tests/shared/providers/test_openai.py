@@ -593,7 +593,7 @@ def openai_error(message: str = "", code: str | None = None, kind: str = "invali
         (503, b"<html>no</html>", "overloaded"),
         (524, b"error code: 524", "server"),
         (529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "overloaded"),
-        (409, b"null", "overloaded"),
+        (409, b"null", "not_now"),
         (418, b"[1]", "bad_request"),
         (400, b'"just a string"', "bad_request"),
         (400, {"errors": [{"message": "from the edge"}]}, "bad_request"),

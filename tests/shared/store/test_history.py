@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 from shared.store.base import MAX_CONTENT, Message, Session, Store
@@ -43,37 +42,19 @@ async def test_saying_it_again_changes_nothing(store: Store):
     assert await store.sessions(key.id, "nobody") == []
 
 
-NAMES = [
-    "",
-    "a",
-    "a#b",
-    "b",
-    "b#c",
-    "c",
-    "#",
-    "a\n",
-    "a/b",
-    "a ",
-    "A",
-    "\N{SNOWMAN}",
-    "\N{GRINNING FACE}" * 256,
-    "\0",
-    "%",
-]
+NAMES = ["", "a", "a#b", "b", "b#c", "c", "a\n/\0", "\N{GRINNING FACE}" * 256]
 
 
 async def test_no_two_sessions_run_into_each_other(store: Store):
-    keys = [await new_key(store), await new_key(store)]
-    places = [(key.id, user, session) for key in keys for user, session in itertools.product(NAMES, NAMES)]
+    key, other = await new_key(store), await new_key(store)
+    places = [(key.id, user, session) for user in NAMES for session in NAMES] + [(other.id, "a", "b#c")]
     await at_once(partial(store.say, *place, [message(1, repr(place))]) for place in places)
-    for place in places[:: len(NAMES) + 1]:
-        assert await store.said(*place) == [message(1, repr(place))]
-    for user in NAMES:
-        assert sorted(entry.id for entry in await store.sessions(keys[0].id, user)) == sorted(NAMES)
-    assert await store.forget(keys[0].id, "a", "b#c") == 1
-    assert await store.forget(keys[0].id, "a#b", None) == len(NAMES)
+    assert all([await store.said(*place) == [message(1, repr(place))] for place in places])
+    assert [entry.id for entry in await store.sessions(key.id, "a#b")] == sorted(NAMES)
+    assert await store.forget(key.id, "a", "b#c") == 1
+    assert await store.forget(key.id, "a#b") == len(NAMES)
     left = [place for place in places if await store.said(*place)]
-    assert left == [place for place in places if place[:2] != (keys[0].id, "a#b") and place != (keys[0].id, "a", "b#c")]
+    assert left == [place for place in places if place[:2] != (key.id, "a#b") and place != (key.id, "a", "b#c")]
 
 
 async def test_the_list_has_the_newest_first_and_how_the_user_began(store: Store):
@@ -116,8 +97,8 @@ async def test_everything_is_forgotten_however_much_it_is(store: Store):
     assert await store.forget(key.id, "u", "many") == 1500
     assert await store.said(key.id, "u", "many") == []
     assert {entry.id for entry in await store.sessions(key.id, "u")} == {"kept", "long"}
-    assert await store.forget(key.id, "u", None) == 15
-    assert await store.forget(key.id, "u", None) == 0
+    assert await store.forget(key.id, "u") == 15
+    assert await store.forget(key.id, "u") == 0
     assert await store.sessions(key.id, "u") == []
     assert await store.said(key.id, "v", "x") == many[:4]
 
