@@ -135,7 +135,9 @@ class Gateway:
         pool = self._pool(call, routes)
         wish, first = self._wish(call, pool), [candidate.to for candidate in pool.candidates[:MAX_ATTEMPTS]]
         prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, first)
-        needs = Needs(call.features, prompt.estimate(first[0].model), output // max(1, call.generated))
+        needs = Needs(
+            call.features, prompt.estimate(first[0].model), output // max(1, call.generated), call.max_tokens or 0
+        )
         pool, outgoing = self._askable(call, filtered(pool, needs, wish, removed), wish, removed)
         strategy, turn = wish.sort or routes[0].strategy, None
         if strategy == "round_robin":
@@ -241,7 +243,7 @@ class Gateway:
         key = await beside(reads, self._limits.admit(credential, request_id, hold, plan.turn))
         for reading in (recall, context):
             call = reading.applied(call) if reading else call
-        prompt = Prompt.read(call.body, call.surface) if context else plan.prompt
+        prompt = plan.prompt if call is plan.call else Prompt.read(call.body, call.surface)
         removed = list(plan.removed)
         try:
             if self._examine:
@@ -253,7 +255,7 @@ class Gateway:
         except GatewayError:
             await self._limits.release(key, request_id, hold, int(now))
             raise
-        estimate = prompt.estimate(candidates[0].model) if context else plan.needs.prompt
+        estimate = plan.needs.prompt if call is plan.call else prompt.estimate(candidates[0].model)
         exchange = Exchange(request_id, key, call, candidates, hold, prompt, estimate, plan.output, now)
         exchange.routing, exchange.lookup = Routing(plan.strategy, order, removed), lookup
         if call is plan.call and candidates[0] is plan.pool.candidates[0].to and exchange.bound(candidates[0]) is None:
@@ -336,11 +338,13 @@ class Gateway:
             yield [answer.error(error)]
 
     async def _reused(self, exchange: Exchange) -> Kept | None:
-        """An answer kept for this very request, unless the key may not use who gave it any more."""
+        """An answer kept for this very request, unless nobody, or not this key, may use who gave it any more."""
         kept = await exchange.lookup.reuse(exchange.deadline) if exchange.lookup else None
         row = self._catalog.providers.get(kept.provider) if kept else None
-        if kept and row and may_use(exchange.key, exchange.call.model, self._catalog.deployment(row, kept.model)):
-            exchange.kept = kept
+        if kept and row:
+            to = self.state.switched(self._catalog.deployment(row, kept.model))
+            if to.enabled and may_use(exchange.key, exchange.call.model, to):
+                exchange.kept, exchange.dropped = kept, kept.dropped
         return exchange.kept
 
     async def close(self, exchange: Exchange) -> JSON:
@@ -357,13 +361,11 @@ class Gateway:
             self.answered += 1
             if exchange.lookup:
                 await exchange.lookup.keep()
-            if exchange.remembers and exchange.answer and not (exchange.error or exchange.kept):
-                await self._vault.keep(exchange.key.id, exchange.answer.message, exchange.deployment.provider)
+            if exchange.remembers and exchange.answer and exchange.status == "ok" and not exchange.kept:
+                await self._vault.keep(exchange.key.id, exchange.answer.messages, exchange.deployment.provider)
             if exchange.keeps_history and exchange.answer:
-                text = exchange.answer.message.get("content") or ""
-                await history.keep(
-                    self._store, exchange.key.id, exchange.call, exchange.request_id, text, dict(row.doc)
-                )
+                message = next(iter(exchange.answer.messages), JSON())
+                await history.keep(self._store, exchange.key.id, exchange.call, exchange.request_id, message, row.doc)
             await self.state.share()
             return dict(row.doc)
         finally:

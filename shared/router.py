@@ -39,8 +39,8 @@ class Candidate(NamedTuple):
 class Pool:
     """Candidates by rank and priority, and what can be told of them before any request: made once for a route.
 
-    `groups` numbers those of one rank and priority; `even`: all have the same weight. `where`: the places of a
-    deployment, or of all of a provider's, by name."""
+    `groups` numbers those of one rank and priority; `even`: all have the same weight. `choosy`: what can be
+    asked differs between models. `where`: the places of a deployment, or of all of a provider's, by name."""
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
         self.candidates = sorted(candidates, key=_level)
@@ -61,7 +61,7 @@ class Pool:
         self.even = len(set(self.shares)) == 1
         self.window = min((to.context_window for to in found if to.context_window), default=UNKNOWN)
         self.enabled = all(to.enabled for to in found)
-        self.declared = any(to.declared for to in found)
+        self.choosy = any(to.declared or to.provider.refuses_by_model for to in found)
         self.plain = not any(to.price and (to.price.tiers or to.price.request) for to in found)
         self.inputs = [to.price.input if to.price else UNKNOWN for to in found]
         self.outputs = [to.price.output if to.price else UNKNOWN for to in found]
@@ -114,11 +114,14 @@ NO_PREFERENCES = Preferences()
 
 
 class Needs(NamedTuple):
-    """What a request asks of whoever answers: its features (`Call.features`), and its size in tokens."""
+    """What a request asks of whoever answers: its features (`Call.features`), and its size in tokens.
+
+    `output` is what is reserved for the answer, `bound` what the caller wants room for, if any."""
 
     features: Collection[str] = ()
     prompt: int = 0
     output: int = 0
+    bound: int = 0
 
 
 class Ranked(NamedTuple):
@@ -149,9 +152,9 @@ def filtered(pool: Pool, needs: Needs, wish: Preferences, removed: list[Removal]
             pool = _keep(pool, "max_price", partial(_dear, wish.max_price), removed, _too_dear)
     if len(pool) == 1:
         return pool
-    if needs.features and (pool.declared or any(_lacking(row.refuses, needs) for row in pool.providers.values())):
+    if needs.features and (pool.choosy or any(_lacking(row.refuses, needs) for row in pool.providers.values())):
         pool = _keep(pool, "capability", partial(_incapable, needs), removed, _nobody_capable)
-    if pool.window < needs.prompt + needs.output:
+    if pool.window < needs.prompt + needs.bound:
         pool = _keep(pool, "context", partial(_short, needs), removed, _too_long)
     return pool
 
@@ -239,8 +242,9 @@ def awake(order: Order, health: Health, now: float, removed: list[Removal]) -> O
         return order._replace(places=up)
     tired = sorted((at for at in order.places if not rests[at].absolute), key=lambda at: rests[at].until)
     if not tired:
-        wait = max(1, min(60, round(min(rest.until for rest in rests.values()) - now)))
-        raise Overloaded("No deployment can be asked: all rest after failures.", retry_after=wait)
+        wait = max(1, round(min(rest.until for rest in rests.values()) - now))
+        message = f"The gateway's account at this model's provider has no credit; it is asked again in {wait} s."
+        raise Overloaded(message, retry_after=min(60, wait))
     return order._replace(places=tired)
 
 
@@ -328,7 +332,7 @@ def _lacking(refused: Collection[str], needs: Needs) -> list[str]:
 
 
 def _incapable(needs: Needs, to: Deployment) -> str | None:
-    if lacking := _lacking(to.provider.refuses, needs):
+    if lacking := _lacking(to.provider.refused(to.model), needs):
         return f"its provider does not support '{min(lacking)}'"
     if to.declared:
         wanted = {CAPABILITIES[feature] for feature in needs.features if feature in CAPABILITIES}
@@ -345,9 +349,9 @@ def _nobody_capable(asked: str, taken: Sequence[Removal]) -> GatewayError:
 
 def _short(needs: Needs, to: Deployment) -> str | None:
     window = to.context_window
-    if not window or window >= needs.prompt + needs.output:
+    if not window or window >= needs.prompt + needs.bound:
         return None
-    return f"its context is {window} tokens, and {needs.prompt} + {needs.output} may be needed"
+    return f"its context is {window} tokens, and {needs.prompt} + {needs.bound} may be needed"
 
 
 def _too_long(asked: str, taken: Sequence[Removal]) -> GatewayError:

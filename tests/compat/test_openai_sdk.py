@@ -280,9 +280,17 @@ UPSTREAM_STATUSES = [
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("status", "body", "raised", "seen"), UPSTREAM_STATUSES)
 async def test_every_upstream_refusal_is_the_right_exception(
-    async_client: AsyncOpenAI, provider: Upstream, status: int, body: Any, raised: Any, seen: int, stream: bool
+    server: Server,
+    async_client: AsyncOpenAI,
+    provider: Upstream,
+    status: int,
+    body: Any,
+    raised: Any,
+    seen: int,
+    stream: bool,
 ) -> None:
-    provider.next(fake.answer(status, body))
+    provider.always("gpt-4o-mini", fake.answer(status, body))
+    server.wake("openai")
     with pytest.raises(raised) as refusal:
         await async_client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
     assert refusal.value.status_code == seen
@@ -290,6 +298,7 @@ async def test_every_upstream_refusal_is_the_right_exception(
     assert refusal.value.request_id.startswith("gen-")
     assert "sk-xyz" not in refusal.value.response.text
     assert "<html>" not in refusal.value.response.text
+    server.wake("openai")
 
 
 async def test_our_own_refusals_are_the_right_exceptions(server: Server, make_key: Callable[..., Any]) -> None:
