@@ -32,6 +32,7 @@ TAKEN = ("messages", "model", "max_tokens", "max_completion_tokens", "modalities
 """What is sent by other means, or says no more than is so."""
 OWN = ("guardrailConfig", "performanceConfig", "promptVariables", "requestMetadata")
 """Fields of Converse's own that callers may give as they are."""
+FURTHER = "additionalModelRequestFields"
 MAX_TOKENS = 16_384
 """Where nobody says how much, and part of it is to be thought with: else it is for Bedrock to say."""
 PARTS = {
@@ -160,11 +161,12 @@ def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
     tools, choice = _tools(parameters, to, called=list(dict.fromkeys(chain.from_iterable(map(_called, messages)))))
     thought = _thought(call, parameters, to, max_tokens, forced="toolChoice" in tools or choice.get("type") in FORCED)
     system, turns = _conversation(messages, to, reminded=thought.on or family != "claude")
+    own: JSON = parameters.take(FURTHER) if isinstance(call.body.get(FURTHER), dict) else {}
     fields: JSON = {
         **thought.fields,
         **({"tool_choice": choice} if choice else {}),
         **({} if thought.on else _top_k(parameters, family)),
-        **(parameters.take("additionalModelRequestFields") or {}),
+        **(own or {}),
     }
     return _given(
         system=system,
@@ -425,8 +427,9 @@ class _Blocks:
 
     def _name(self, file: JSON) -> str:
         """https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_DocumentBlock.html has the alphabet."""
-        stem = str(file.get("filename") or "").rpartition(".")[0] or str(file.get("filename") or "")
-        plain = " ".join(re.sub(r"[^A-Za-z0-9()\[\]-]+", " ", stem).split())[:180] or "document"
+        given: str = file.get("filename") or ""
+        stem = given.rpartition(".")[0] or given
+        plain = re.sub(r"[^A-Za-z0-9()\[\]-]+", " ", stem).strip()[:180] or "document"
         number, name = 1, plain
         while name in self._names:
             number += 1

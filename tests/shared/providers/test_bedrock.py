@@ -229,6 +229,7 @@ def test_converses_own_fields_pass() -> None:
     outgoing = requested(ask(**own))
     assert json.loads(outgoing.content) == {"messages": SAID_HI, **own}
     assert outgoing.dropped == ()
+    assert dropped(ask(additionalModelRequestFields="x")) == ("additionalModelRequestFields",)
     both = ask(top_k=7, additionalModelRequestFields={"top_k": 9, "x": 1})
     assert sent(both)["additionalModelRequestFields"] == {"top_k": 9, "x": 1}
 
@@ -734,6 +735,8 @@ def test_a_stream_adds_up_to_the_whole_answer() -> None:
     assert [index for piece in pieces for index in [c["index"] for c in piece.body["choices"]]] == [0] * (
         len(pieces) - 1
     )
+    kept = [p for p in pieces if any("extra_content" in c.get("delta", {}) for c in p.body["choices"])]
+    assert len(kept) == 1, "clients would join what came twice"
     made = assembled(piece.body for piece in pieces)["choices"][0]
     hidden = {"reasoningContent": {"redactedContent": base64.b64encode(b"rsn").decode()}}
     blocks = [THOUGHT, hidden, {"text": "So it is."}, use(), use("c2", input={"at": 1.0})]
