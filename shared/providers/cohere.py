@@ -266,6 +266,7 @@ class _Stream:
         self._hidden = hidden
         self._calls: dict[int, int] = {}
         self._without_arguments: set[int] = set()
+        self._citations: list[JSON] = []
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
         match data.get("type"):
@@ -282,13 +283,18 @@ class _Stream:
             case "tool-call-end" if data["index"] in self._without_arguments:
                 return self._more(data["index"], "{}")
             case "citation-start":
-                return [_delta(extra_content=_cited([data["delta"]["message"]["citations"]]))]
+                self._citations.append(data["delta"]["message"]["citations"])
+                return []
             case "message-end":
-                return [_end(data["delta"]), END]
+                return [*self._cited(), _end(data["delta"]), END]
             case None if data.get("message"):
                 raise refusals.in_answer(data)
             case _:
                 return []
+
+    def _cited(self) -> list[Piece]:
+        """All at once: stock clients cannot put such lists together."""
+        return [_delta(extra_content=_cited(self._citations))] if self._citations else []
 
     def _said(self, text: str, thought: str) -> list[Piece]:
         said = {"content": text, "reasoning_content": "" if self._hidden else thought}
