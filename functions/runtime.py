@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from functions.stream import Handler
@@ -179,17 +179,14 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]
 def prelude(status: int, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
     """What API Gateway and function URLs make status and headers of, delimiter included.
 
-    A name that comes once is in `headers`, one that repeats in `multiValueHeaders`, and `Set-Cookie` in `cookies`."""
+    A header that repeats is one with commas, which means the same: function URLs know no `multiValueHeaders`. Cookies,
+    which must not be joined, go by themselves."""
     values: dict[str, list[str]] = {}
     for name, value in headers:
         values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    told: dict[str, Any] = {"statusCode": status}
-    if cookies := values.pop("set-cookie", None):
-        told["cookies"] = cookies
-    told["headers"] = {name: given[0] for name, given in values.items() if len(given) == 1}
-    if repeated := {name: given for name, given in values.items() if len(given) > 1}:
-        told["multiValueHeaders"] = repeated
-    return json.dumps(told, separators=(",", ":")).encode() + DELIMITER
+    cookies = values.pop("set-cookie", [])
+    told = {"statusCode": status, "headers": {name: ", ".join(given) for name, given in values.items()}}
+    return json.dumps(told | {"cookies": cookies} if cookies else told, separators=(",", ":")).encode() + DELIMITER
 
 
 def error_type(error: BaseException) -> str:

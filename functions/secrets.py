@@ -131,7 +131,7 @@ class Current:
         return self._services
 
     async def forget_connections(self) -> None:
-        """Those to providers: they may have died unseen. Nobody may be using one."""
+        """Those to providers. Nobody may be using one."""
         if self._services:
             await self._services.upstream.close()
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message
 
@@ -21,10 +21,10 @@ from functions.secrets import Current
 from shared import sse
 from shared.errors import GatewayError, UpstreamTimeout
 from shared.telemetry import logger
-from shared.upstream import IDLE_SECONDS
 
 MARGIN = 3.0
-"""Seconds before the platform's deadline at which an answer ends, so that its record can still be written."""
+"""Seconds before the platform's deadline at which an answer ends: its record can then still be written, and its money
+settled, should the store have a bad moment."""
 LAST_MOMENT = 2.0
 """Seconds before it at which what is still going on, such as waiting for a caller who does not read, is cut."""
 SILENCE = 290.0
@@ -113,49 +113,27 @@ class Answer:
 
 
 class Handler:
-    """`clock` is the wall's: the event loop's may stand still while the process is frozen."""
+    """`alone`: it is given one event at a time."""
 
-    def __init__(
-        self,
-        api: RuntimeAPI,
-        app: ASGIApp,
-        current: Current,
-        *,
-        alone: bool = True,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, api: RuntimeAPI, app: ASGIApp, current: Current, *, alone: bool = True) -> None:
         self._api = api
         self._app = app
         self._current = current
-        self._alone = alone  # one event at a time
-        self._clock = clock
-        self._busy = 0
-        self._rested = clock()
+        self._alone = alone
 
     async def __call__(self, invocation: Invocation) -> None:
         """Answer one event, and do all the work that it brings; never raises, for the next one is no worse."""
-        if not self._busy:
-            await self._wake()
-        self._busy += 1
+        if self._alone:  # there is one environment: of several events, nobody could say whose trace this is
+            os.environ["_X_AMZN_TRACE_ID"] = invocation.trace or ""
         try:
-            if self._alone:  # there is one environment: of several events, nobody could say whose trace this is
-                os.environ["_X_AMZN_TRACE_ID"] = invocation.trace or ""
             await self._answer(invocation)
         except RefusedError as refused:
             logger.error("answer.not_taken", extra={"invocation": invocation.id, "reason": str(refused)})
-        finally:
-            self._busy -= 1
-            self._rested = self._clock()
 
     async def restored(self) -> None:
         """In an environment made from a snapshot, as others were too: nothing random or connected may be shared."""
         random.seed()
         await self._current.forget_connections()
-
-    async def _wake(self) -> None:
-        """Connections to providers that rested for long, or through a freeze, may have died unseen."""
-        if not 0 <= self._clock() - self._rested <= IDLE_SECONDS:
-            await self._current.forget_connections()
 
     async def _answer(self, invocation: Invocation) -> None:
         now = asyncio.get_running_loop().time()

@@ -19,6 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 
+from shared import books
 from shared.keys import time_ordered
 from shared.store.base import Hold, VirtualKey
 from shared.store.dynamodb import item_of
@@ -53,6 +54,12 @@ WRITES = 2  # of the key's item: admit, settle
 ROW_BYTES = 800  # a generation's record, once in the table and once in its index
 LOG_BYTES = 2000  # its log line, its metrics, and the platform's three lines
 OVERHEAD = 0.1  # seconds before and after the provider's
+
+# The sweep, in seconds of a whole processor, which comes with so much memory; measured here, rounded up for Lambda's.
+PROCESSOR = 1769 / 1024  # GB
+IDLE_RUN = 0.6  # where nothing is to be done, start included
+ROW_READ = 50e-6  # a row added up
+READS = 1 + (books.LAG + 3600) / 3600  # of a row: for its sum, and by each hour's check until it is in that
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class Load:
             f"{CONCURRENCY} environments of Lambda": CONCURRENCY / length,
             f"{NEW_TABLE} write units a second of a new table": NEW_TABLE / self.written,
             f"{EDGE_RATE} requests a second at API Gateway": EDGE_RATE,
+            "the sweep's time, if it is to check all books each hour": books_rate(),
         }
 
     def break_even(self) -> float:
@@ -144,6 +152,12 @@ def key_ceiling(seconds: float) -> int:
     return max(rate for rate in range(1, ITEM_WRITES) if rate * Load(rate, seconds).units <= ITEM_WRITES)
 
 
+def books_rate() -> float:
+    """Calls a second, of all keys together, whose rows the sweep can sum up and check; summing up alone is less."""
+    facts = yaml.safe_load(FUNCTIONS.read_text("utf-8"))["sweep"]
+    return facts["timeout"] / 600 * min(1.0, memory_of("sweep") / PROCESSOR) / (ROW_READ * READS)
+
+
 def container() -> float:
     """US dollars a month: two tasks of half a processor and 1 GB, a balancer, an address for each and its two."""
     return MONTH / 3600 * (2 * (0.5 * VCPU_HOUR + GB_HOUR) + BALANCER_HOUR + 4 * ADDRESS_HOUR)
@@ -151,7 +165,8 @@ def container() -> float:
 
 def idle(stored: float) -> dict[str, float]:
     """US dollars a month of a stage that nobody calls; `stored` is in GB."""
-    runs, length, memory = MONTH / 600, 2.0, memory_of("sweep")
+    runs, memory = MONTH / 600, memory_of("sweep")
+    length = OVERHEAD + IDLE_RUN * max(1.0, PROCESSOR / memory)
     return {
         "table and its recovery": stored * (STORED + RECOVERY),
         "sweep, every ten minutes": runs * (INVOCATION + GB_SECOND * memory * length + 10 * READ),

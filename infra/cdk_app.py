@@ -65,6 +65,7 @@ class Lightrail(cdk.Stack):
             memory_size=facts.pop("memorySize"),
             timeout=cdk.Duration.seconds(facts.pop("timeout")),
             environment={key: intrinsic(value) for key, value in facts.pop("environment").items()},
+            retry_attempts=facts.pop("maximumRetryAttempts", None),
             role=role,
         )
         if facts:

@@ -1,7 +1,8 @@
 """`make package`: dist/lightrail.zip, what Lambda runs: our code, locked wheels, and the bytecode of Python 3.13.
 
 /var/task cannot be written to, so a package without bytecode compiles all of itself at every cold start. The same
-checkout, lock and Python 3.13 make the same bytes: files sorted, times and modes fixed, hashes unseeded.
+checkout, lock, patch release of Python 3.13 and zlib make the same bytes on any machine: files sorted, times and modes
+fixed, hashes unseeded. The Python that compiles packs, too, and what was made says which both were.
 """
 
 # ruff: noqa: S603, T201 - it starts pip and Python by paths that it found, and its answer is what it prints
@@ -9,6 +10,7 @@ checkout, lock and Python 3.13 make the same bytes: files sorted, times and mode
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
@@ -17,22 +19,31 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "infra/locks/runtime.txt"
 OURS = ("functions", "shared")
 ON_LAPTOPS = tuple(f"functions/{name}.py" for name in ("cli", "local", "server", "stage"))
 """These need uvicorn, dotenv, or more of AWS than is in the package."""
-SERVICES = ("dynamodb", "ssm")
-"""What is left of botocore's data. Credentials come from the environment, so no STS."""
+SERVICES = {
+    "dynamodb": "BatchGetItem BatchWriteItem DeleteItem GetItem PutItem Query UpdateItem",
+    "ssm": "GetParametersByPath",
+}
+"""The operations that are left in botocore's data, which it reads whole for the first client. They are those that the
+functions' roles allow. Credentials come from the environment, so no STS."""
 PLATFORMS = {"arm64": "aarch64", "x86_64": "x86_64"}
 """Lambda's is arm64; the other is there to try a package on the machine that made it."""
 UNUSED = ("*.pyi", "*.pyx", "*.pxd", "*.c", "*.h", "*.pth", ".lock", "examples-1.json", "botocore/cacert.pem")
 """botocore trusts certifi's authorities where certifi is."""
-UNUSED_FOLDERS = ("bin", "*/tests", "boto3/examples", "aws_lambda_powertools/event_handler/openapi/swagger_ui")
+UNUSED_FOLDERS = (
+    *("bin", "*/tests", "boto3/examples", "dateutil/zoneinfo/*.tar.gz"),
+    *("aws_lambda_powertools/event_handler", "aws_lambda_powertools/utilities/[!_j]*"),  # all but jmespath_utils
+)
 MOST_BYTES = 11_000_000
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The first moment that a zip can name."""
@@ -51,7 +62,11 @@ def main(arguments: list[str] | None = None, find: Callable[[], str | None] | No
     options.add_argument(
         "--pip", action="store_true", help="install by pip even where uv is, which takes a tenth of it"
     )
+    options.add_argument("--pack", type=Path, help=argparse.SUPPRESS)  # what it asks of the Python that it has found
     given = options.parse_args(arguments)
+    if given.pack:
+        write_zip(given.pack, given.output)
+        return 0
     python = (find or python313)()
     if python is None:
         print(NO_PYTHON, file=sys.stderr)
@@ -64,9 +79,10 @@ def main(arguments: list[str] | None = None, find: Callable[[], str | None] | No
         trim(folder)
         add_ours(folder)
         compile_all(python, folder)
-        unpacked = write_zip(folder, output)
+        pack = [python, "-P", __file__, "--pack", str(folder), "--output", str(output)]
+        packed = subprocess.run(pack, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     size, digest = output.stat().st_size, hashlib.sha256(output.read_bytes()).hexdigest()
-    print(f"{os.path.relpath(output)}: {size / 1e6:.2f} MB, {unpacked / 1e6:.1f} MB unpacked, for {given.platform}")
+    print(f"{os.path.relpath(output)}: {size / 1e6:.2f} MB, {packed}, for {given.platform}")
     print(f"sha256 {digest}")
     if size > MOST_BYTES:
         print(f"That is more than the {MOST_BYTES / 1e6:.0f} MB that a cold start may fetch.", file=sys.stderr)
@@ -139,6 +155,11 @@ def trim(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    for name, operations in SERVICES.items():
+        (file,) = folder.glob(f"botocore/data/{name}/*/service-2.json.gz")
+        model = cut(json.loads(gzip.decompress(file.read_bytes())), operations.split())
+        file.with_suffix("").write_text(json.dumps(model), "utf-8")
+        file.unlink()
     endpoints = folder / "botocore/data/endpoints.json"  # read whole for the first client
     known = json.loads(endpoints.read_text("utf-8"))
     for partition in known["partitions"]:
@@ -146,6 +167,26 @@ def trim(folder: Path) -> None:
             name: partition["services"][name] for name in SERVICES if name in partition["services"]
         }
     endpoints.write_text(json.dumps(known), "utf-8")
+
+
+def cut(model: Any, operations: list[str]) -> Any:
+    """A service's model with these operations, the shapes that they use, and no documentation."""
+    model["operations"] = {name: model["operations"][name] for name in operations}
+    known, shapes = model.pop("shapes"), dict[str, Any]()
+    waiting = [model]
+    while waiting:
+        match waiting.pop():
+            case dict() as each:
+                if isinstance(each.get("documentation"), str):  # else it is a member of that name
+                    del each["documentation"]
+                if isinstance(name := each.get("shape"), str) and name not in shapes:
+                    shapes[name] = known[name]
+                    waiting.append(known[name])
+                waiting += each.values()
+            case list() as each:
+                waiting += each
+    model["shapes"] = shapes
+    return model
 
 
 def is_read(path: Path) -> bool:
@@ -159,11 +200,34 @@ def is_read(path: Path) -> bool:
 
 
 def add_ours(folder: Path) -> None:
-    for name in OURS:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ON_LAPTOPS:
-        (folder / name).unlink()
-    shutil.copy(ROOT / "gateway.toml", folder)
+    for name in (*ours(ROOT), "gateway.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
+def ours(root: Path) -> list[str]:
+    """Our own files, as paths from the root. In git's checkout those that git knows: what it is told to ignore stays
+    out, and what it was told nothing of, such as a module that somebody forgot to add, stops the build. Elsewhere all.
+    """
+    if (root / ".git").exists() and (git := shutil.which("git")):
+        ask = [git, "-C", str(root), "ls-files", "-z"]
+        known, strangers = (
+            subprocess.run([*ask, *which, "--", *OURS], check=True, stdout=subprocess.PIPE, text=True).stdout.split(
+                "\0"
+            )
+            for which in (["--cached"], ["--others", "--exclude-standard"])
+        )
+        if strangers := list(filter(None, strangers)):
+            told = "`git add` what belongs to the gateway, and take away what does not."
+            raise SystemExit(f"git does not know {', '.join(strangers)}: {told}")
+    else:
+        known = [path.relative_to(root).as_posix() for name in OURS for path in (root / name).rglob("*")]
+    return [name for name in known if (root / name).is_file() and is_packed(PurePosixPath(name))]
+
+
+def is_packed(path: PurePosixPath) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    return not hidden and path.suffix != ".md" and str(path) not in ON_LAPTOPS
 
 
 def compile_all(python: str, folder: Path) -> None:
@@ -173,8 +237,7 @@ def compile_all(python: str, folder: Path) -> None:
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "0"})
 
 
-def write_zip(folder: Path, output: Path) -> int:
-    """Returns the bytes of all files."""
+def write_zip(folder: Path, output: Path) -> None:
     total = 0
     with zipfile.ZipFile(output, "w") as archive:
         for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
@@ -184,7 +247,8 @@ def write_zip(folder: Path, output: Path) -> int:
             entry.external_attr = (0o100755 if content.startswith(b"#!/bin/") else 0o100644) << 16
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
             total += len(content)
-    return total
+    version = ".".join(map(str, sys.version_info[:3]))
+    print(f"{total / 1e6:.1f} MB unpacked, by Python {version} and zlib {zlib.ZLIB_RUNTIME_VERSION}")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from shared import generations
-from shared.store.base import Generation, Hold, Rollup, Store, VirtualKey
+from shared.keys import time_ordered
+from shared.store.base import LAST, Generation, Hold, Rollup, Store, VirtualKey
 
 PREFIX = generations.PREFIX
-RIPE = 2
-"""The age in days at which a day is summed up: by then nothing is on its way to it any more."""
+LAG = 6 * 3600
+"""Seconds by which sums stay behind the oldest open hold, or the clock. The row of a request has an id from before its
+hold began and is there before that ends; so this is more than a request may take (2.5 hours), a crash may go unnoticed,
+and the index that is read may be behind its table, together."""
 DAYS = 7
-"""How long rows are kept, if the caller knows no better (`GENERATION_TTL_DAYS`); more than `RIPE`, or some get lost."""
-PAGE = 100
+"""How long rows are kept, if the caller knows no better (`GENERATION_TTL_DAYS`)."""
+PAGE = 1000
 COUNTS = ("requests", "prompt_tokens", "completion_tokens", "cost")
 
 
@@ -54,16 +57,21 @@ def lost(key_id: str, request_id: str, hold: Hold, now: int) -> Generation:
     return Generation(PREFIX + request_id, key_id, now, hold.money, doc)
 
 
-async def roll_up(store: Store, key_id: str, now: int, days: int = DAYS) -> None:
-    """Sum up, once, each ripe day whose rows may still be there. A day that an open hold may belong to waits."""
-    key, today = await store.key(key_id), now // 86400
-    first, last = today - days, today - RIPE
-    done = {rollup.day for rollup in await store.rollups(key_id, first, last)}
-    waiting = min((hold.day for hold in key.open.values()), default=today) if key else today
-    for day in range(first, min(last + 1, waiting)):
-        if day not in done and (groups := await grouped(store, key_id, day)):
-            cost, requests = (sum(group[count] for group in groups) for count in ("cost", "requests"))
-            await store.roll_up(Rollup(key_id, day, cost, requests, tuple(groups)))
+async def roll_up(store: Store, key: VirtualKey, now: int, days: int = DAYS) -> None:
+    """Carry the sums of the days whose rows are still there on to where more rows may come.
+
+    Each page is put down as it is read: what was done stays done, wherever this is cut. `key` is the key as it was read
+    before its crashed requests were settled, for their rows may not be in the index yet."""
+    end = first_id(min([now, *(hold.start for hold in key.open.values())]) - LAG)
+    today = now // 86400
+    standing = {rollup.day: rollup for rollup in await store.rollups(key.id, today - days, today)}
+    for day in range(today - days, today + 1):
+        rollup = standing.get(day) or Rollup(key.id, day)
+        while rollup.upto < min(end, over(day)):
+            grown = await grow(store, rollup, end)
+            if grown.requests and not await store.roll_up(grown, rollup.upto):
+                return  # somebody else is at it
+            rollup = grown
 
 
 async def usage(
@@ -72,9 +80,12 @@ async def usage(
     """`{day, model, provider, requests, prompt_tokens, completion_tokens, cost}`, both days included.
 
     Before the day `oldest` there are no rows any more to ask for, only sums."""
-    rollups = {rollup.day: rollup.groups for rollup in await store.rollups(key_id, first_day, last_day)}
-    for day in sorted({*rollups, *range(max(first_day, oldest), last_day + 1)}):
-        for group in rollups.get(day) or await grouped(store, key_id, day):
+    standing = {rollup.day: rollup for rollup in await store.rollups(key_id, first_day, last_day)}
+    for day in sorted({*standing, *range(max(first_day, oldest), last_day + 1)}):
+        rollup = standing.get(day) or Rollup(key_id, day)
+        while rollup.upto < over(day):
+            rollup = await grow(store, rollup, LAST)
+        for group in rollup.groups:
             yield {"day": day, **group}
 
 
@@ -96,26 +107,33 @@ async def check(store: Store, key: VirtualKey, now: int, days: int = DAYS) -> in
     return None if soon or after.spent != key.spent else key.spent - found
 
 
-async def grouped(store: Store, key_id: str, day: int) -> list[dict[str, Any]]:
-    """The rows of a day in sum, by model and provider."""
-    sums: dict[tuple[Any, Any], dict[str, Any]] = {}
-    async for row in rows(store, key_id, day):
-        model, provider, tokens = row.doc["model"], row.doc["provider"], row.doc["tokens"]
-        new = {"model": model, "provider": provider, **dict.fromkeys(COUNTS, 0)}
-        group = sums.setdefault((model, provider), new)
+async def grow(store: Store, rollup: Rollup, end: str) -> Rollup:
+    """With the next page of rows up to the id `end`; up to `end` itself where those were the last."""
+    page = await store.entries(rollup.key_id, rollup.day, rollup.upto, end, PAGE)
+    await asyncio.sleep(0)  # SQLite reads on the spot: others may want the loop
+    groups = {(group["model"], group["provider"]): dict(group) for group in rollup.groups}
+    for entry in page:
+        new = {"model": entry.model, "provider": entry.provider, **dict.fromkeys(COUNTS, 0)}
+        group = groups.setdefault((entry.model, entry.provider), new)
         group["requests"] += 1
-        group["prompt_tokens"] += tokens["prompt_tokens"]
-        group["completion_tokens"] += tokens["completion_tokens"]
-        group["cost"] += row.cost
-    return list(sums.values())
+        group["prompt_tokens"] += entry.prompt_tokens
+        group["completion_tokens"] += entry.completion_tokens
+        group["cost"] += entry.cost
+    return Rollup(
+        rollup.key_id,
+        rollup.day,
+        rollup.cost + sum(entry.cost for entry in page),
+        rollup.requests + len(page),
+        tuple(groups.values()),
+        page[-1].id if len(page) == PAGE else end,
+    )
 
 
-async def rows(store: Store, key_id: str, day: int) -> AsyncIterator[Generation]:
-    after = ""
-    while page := await store.generations(key_id, day, after, PAGE):
-        for row in page:
-            yield row
-        await asyncio.sleep(0)  # SQLite reads on the spot: others may want the loop
-        if len(page) < PAGE:
-            return
-        after = page[-1].id
+def first_id(moment: int) -> str:
+    """Below the ids of all requests made at that moment or later, above all earlier ones."""
+    return PREFIX + time_ordered(moment)[:8]
+
+
+def over(day: int) -> str:
+    """Above the ids of a day's rows: that of a request is made before its admission, whose day is the row's."""
+    return first_id((day + 1) * 86400 + LAG)

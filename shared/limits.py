@@ -16,7 +16,8 @@ GRACE = 30
 """Seconds past a request's own total time after which its hold is overdue: by then it has settled or died."""
 DOLLAR = 10**9
 
-SETTLE_WAITS = (0.05, 0.2, 0.5, 1.25, 3.0)
+SETTLE_WAITS = (0.05, 0.2, 0.4, 0.6, 1.0, 3.0)
+"""Seconds; most of them within the last moments that a platform leaves."""
 
 
 class Limits:

@@ -555,7 +555,9 @@ def generation_of(item: JSON) -> Generation:
 
 
 def entry_of(item: JSON) -> Entry:
-    return Entry(item["pk"]["S"].removeprefix("GEN#"), *orjson.loads(item["e"]["S"]), plain(item["c"]))
+    model, provider, prompt_tokens, completion_tokens = orjson.loads(item["e"]["S"])
+    name, cost = item["pk"]["S"].removeprefix("GEN#"), plain(item["c"])
+    return Entry(name, model, provider, prompt_tokens, completion_tokens, cost)
 
 
 def rollup_of(key_id: str, item: JSON) -> Rollup:

@@ -2,8 +2,9 @@
 
 `hello` is FastAPI's hello world behind Mangum with a boto3 client; `health` is the gateway's least answer, secrets
 read; `chat` is a whole stream: secrets from SSM, a key admitted in DynamoDB, a provider asked, all of them on loopback.
+All three run from what is deployed: the package, made for this machine's processor, by the Python 3.13 that made it.
 
-    python -m tests.bench.cold [python]     # a table, and the figures as JSON
+    python -m tests.bench.cold     # a table, and the figures as JSON
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +27,7 @@ from subprocess import DEVNULL, Popen
 
 import psutil
 
+from infra import package
 from shared.keys import Keys
 from shared.store import open_store
 from shared.store.base import VirtualKey
@@ -38,23 +42,36 @@ BAR = 1.6
 """The most that a first answer may cost, in hello worlds."""
 TARGETS = ("hello", "health", "chat")
 
-WARM = 100
-"""Calls after the first one, over which a warm call is measured: CPU time comes in ticks of 10 ms."""
+STARTS, WARM_STARTS, WARM = 15, 3, 100
+"""So many starts of each; after the last ones so many more calls, for CPU time comes in ticks of 10 ms."""
 
 Figures = dict[str, dict[str, list[float]]]
 """`cpu_ms` and `wall_ms` of the first answer and `warm_ms` of CPU for each after it, by target, one value a start."""
 NAMES = ("cpu_ms", "wall_ms", "warm_ms")
 
 
-def measure(starts: int = 7, python: str = sys.executable) -> Figures:
-    """After one start of each that does not count; with SQLite in DynamoDB's place where there is no engine.
-
-    `python` is the interpreter that is started, such as one with no more than the function's own packages."""
+def measure(starts: int = STARTS) -> Figures:
+    """After one start of each that does not count; with SQLite in DynamoDB's place where there is no engine."""
     figures: Figures = {name: {target: [] for target in TARGETS} for name in NAMES}
     with tempfile.TemporaryDirectory() as scratch, table(Path(scratch)) as (url, environ), parameters() as ssm:
-        environ |= {"AWS_ENDPOINT_URL_SSM": ssm, "SECRETS_PATH": "/lightrail/bench"}
+        python, task = deployed(Path(scratch))
+        environ |= {"AWS_ENDPOINT_URL_SSM": ssm, "SECRETS_PATH": "/lightrail/bench", "LAMBDA_TASK_ROOT": str(task)}
         asyncio.run(rounds(starts, python, url, environ, figures))
     return figures
+
+
+def deployed(scratch: Path) -> tuple[str, Path]:
+    """A Python and where our code is: the package unpacked, or, where none can be made to run here, the checkout."""
+    machine = {"x86_64": "x86_64", "aarch64": "arm64"}.get(platform.machine())
+    python, file = package.python313(), scratch / "task.zip"
+    if python is None or machine is None or platform.system() != "Linux":
+        return sys.executable, ROOT
+    if package.main(["--output", str(file), "--platform", machine]):
+        raise SystemExit("The package could not be made.")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(scratch / "task")
+    (scratch / "task/functions/bootstrap").chmod(0o755)  # zipfile forgets modes
+    return python, scratch / "task"
 
 
 async def rounds(starts: int, python: str, url: str, environ: dict[str, str], figures: Figures) -> None:
@@ -65,13 +82,13 @@ async def rounds(starts: int, python: str, url: str, environ: dict[str, str], fi
         environ |= {"OPENAI_BASE_URL": provider.url}
         for turn in range(starts + 1):
             for target in TARGETS[:: -1 if turn % 2 else 1]:
-                seconds = await one_start(target, python, key, environ)
-                for name, value in zip(NAMES, seconds, strict=True) if turn else ():
+                seconds = await one_start(target, python, key, environ, WARM if turn > starts - WARM_STARTS else 0)
+                for name, value in zip(NAMES, seconds, strict=False) if turn else ():
                     figures[name][target].append(value * 1e3)
 
 
-async def one_start(target: str, python: str, key: str, environ: dict[str, str]) -> tuple[float, float, float]:
-    """CPU and wall seconds of a process from its exec until its first answer is whole; CPU of a warm one after it."""
+async def one_start(target: str, python: str, key: str, environ: dict[str, str], more: int) -> list[float]:
+    """CPU and wall seconds of a process from its exec until its first answer is whole; CPU of each of so many more."""
     async with RuntimeAPI(whole=target == "hello") as api:
         if target == "chat":
             asked = {"model": "openai/gpt-4o-mini", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
@@ -87,16 +104,16 @@ async def one_start(target: str, python: str, key: str, environ: dict[str, str])
             async with asyncio.timeout(60):
                 await event.over.wait()
             wall, spent = time.perf_counter() - began, cpu(process)
-            for _ in range(WARM):
+            for _ in range(more):
                 async with asyncio.timeout(60):
                     await api.invoke(call).over.wait()
-            warm = (cpu(process) - spent) / WARM
+            warm = [(cpu(process) - spent) / more] if more else []
         finally:
             process.kill()
             process.wait()
     if api.violations or not (b'"ok"' in event.body or event.body.endswith(b"[DONE]\n\n") or b"200" in event.body):
         raise RuntimeError(f"{target}: {api.violations} {event.error} {event.body!r}")
-    return spent, wall, warm
+    return [spent, wall, *warm]
 
 
 def cpu(process: Popen[bytes]) -> float:
@@ -106,9 +123,12 @@ def cpu(process: Popen[bytes]) -> float:
 
 
 def started(target: str, python: str, variables: dict[str, str]) -> Popen[bytes]:
-    bootstrap = [str(ROOT / "functions/bootstrap"), python, "/var/runtime/bootstrap.py"]
-    command = [python, "-m", "tests.bench.hello"] if target == "hello" else bootstrap
-    return Popen(command, env=variables, cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL)
+    task = variables["LAMBDA_TASK_ROOT"]
+    if target == "hello":
+        command, variables = [python, str(ROOT / "tests/bench/hello.py")], {**variables, "PYTHONPATH": task}
+    else:
+        command = [f"{task}/functions/bootstrap", python, "/var/runtime/bootstrap.py"]
+    return Popen(command, env=variables, cwd=task, stdout=DEVNULL, stderr=DEVNULL)
 
 
 @contextmanager
@@ -116,7 +136,6 @@ def table(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A table as a `DATABASE_URL`, and the environment in which a function finds it."""
     environ = {
         "PATH": os.environ["PATH"],
-        "LAMBDA_TASK_ROOT": str(ROOT),
         "AWS_LAMBDA_FUNCTION_NAME": "lightrail-bench-stream",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "any",
@@ -172,7 +191,7 @@ def parameters() -> Iterator[str]:
 
 
 def report(figures: Figures) -> str:
-    """One row a target; the ratio is of the least of each, for a busy machine only ever adds."""
+    """One row a target; the ratio is the median of those to the hello world of the same turn, which was as busy."""
     titles = f"{'CPU ms':>20}{'CPU / hello':>14}{'wall ms':>20}{'CPU ms a warm call':>24}"
     head = f"{'on Lambda: exec to first answer':32}{titles}"
     lines = [head, "-" * len(head)]
@@ -185,7 +204,8 @@ def report(figures: Figures) -> str:
 
 
 def ratio(figures: Figures, target: str) -> float:
-    return min(figures["cpu_ms"][target]) / min(figures["cpu_ms"]["hello"])
+    pairs = zip(figures["cpu_ms"][target], figures["cpu_ms"]["hello"], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -193,6 +213,6 @@ def spread(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    measured = measure(python=sys.argv[1] if sys.argv[1:] else sys.executable)
+    measured = measure()
     print(report(measured))
     print(json.dumps(measured))

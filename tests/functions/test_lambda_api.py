@@ -16,7 +16,7 @@ from functions.api import Handler
 from shared.keys import Keys
 from shared.store.base import VirtualKey
 from shared.store.sqlite import SQLiteStore
-from tests.apigateway import buffered, rest_event, url_event
+from tests.apigateway import buffered, headers_of, rest_event, url_event
 from tests.server import PEPPER, PROVIDER_KEY
 
 Ask = Callable[..., Any]
@@ -99,6 +99,72 @@ def test_paths_with_slashes_and_queries_arrive_whole(ask: Ask):
     assert (status, model["id"]) == (200, "openai/gpt-4o-mini")
     status, _, refused = ask("GET", "/prod/v1/generation?id=gen-a%26b&other=1")
     assert (status, refused["error"]["code"]) == (404, "not_found")
+
+
+def test_a_path_is_decoded_once_and_a_slash_at_its_end_is_another_path(ask: Ask):
+    status, _, model = ask("GET", "/v1/models/openai%2Fgpt-4o-mini")
+    assert (status, model["id"]) == (200, "openai/gpt-4o-mini")
+    status, _, refused = ask("GET", "/v1/models/openai%252Fgpt-4o-mini")
+    assert status == 404
+    assert "openai%2Fgpt-4o-mini" in refused["error"]["message"]
+    status, _, refused = ask("GET", "/v1/key/")
+    assert (status, refused["error"]["code"]) == (404, "unknown_url")
+
+
+def test_no_answer_has_a_header_that_the_edge_would_rename_or_drop(ask: Ask):
+    for method, path in (("GET", "/health"), ("GET", "/v1/key"), ("GET", "/nowhere"), ("PUT", "/v1/key"), ("GET", "/")):
+        _, headers, _ = ask(method, path)
+        assert not [name for name in headers if name.startswith("x-amzn-remapped-")]
+        assert "x-request-id" in headers
+
+
+def test_a_body_that_is_no_text_reaches_the_app_as_it_is(handler: Handler, key: str):
+    headers = [("Authorization", f"Bearer {key}"), ("Content-Type", "application/json")]
+    said = handler(rest_event("POST", "/admin/keys", headers, b'{"name": "\xff"}'), None)
+    assert said["statusCode"] == 400
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ({"statusCode": 200, "body": "x"}, 200),
+        ({"statusCode": "200", "body": "x"}, 502),
+        ({"statusCode": 200, "body": {"not": "text"}}, 502),
+        ({"statusCode": 200, "headers": {"x": 1}}, 502),
+        ({"statusCode": 200, "cookies": ["a=1"]}, 502),
+        ({"statusCode": 200, "body": "%", "isBase64Encoded": True}, 502),
+        ({"statusCode": 200, "body": "x" * 7_000_000}, 502),
+        (None, 502),
+    ],
+)
+def test_the_stand_in_takes_what_the_edge_takes(answer: Any, status: int):
+    assert buffered(answer).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_the_stand_in_renames_and_drops_what_the_edge_does():
+    headers = {"WWW-Authenticate": "Bearer", "Transfer-Encoding": "chunked", "date": "now", "x-other": "1"}
+    assert headers_of({"headers": headers}) == [
+        ("x-amzn-Remapped-WWW-Authenticate", "Bearer"),
+        ("x-amzn-Remapped-date", "now"),
+        ("x-other", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/chat%2Fcompletions", "/v1/{proxy+}"),
+        ("/v1", "/v1"),
+        ("/v1/", "/v1"),
+        ("/chat", "/{proxy+}"),
+        ("/", "/"),
+    ],
+)
+def test_the_stand_in_finds_the_route_that_says_most(path: str, route: str):
+    assert rest_event("GET", path, [])["resource"] == route
+    assert rest_event("GET", path, [])["path"] == path
 
 
 def test_a_page_of_another_origin_may_ask(ask: Ask):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.auth
 import botocore.client
 import httpx
 import pytest
@@ -24,7 +25,7 @@ import yaml
 from moto import mock_aws
 
 from functions.app import create_app
-from infra.package import python313
+from infra.package import OURS, python313
 from shared.settings import Settings
 from shared.store import open_store
 from shared.store.base import Admitted, Ask, Hold, Store, VirtualKey
@@ -119,9 +120,12 @@ def template(request: pytest.FixtureRequest) -> JSON:
 
 @dataclass(frozen=True)
 class Packages:
-    """`twin` was built beside `arm64`, but by pip; `here` is for this machine, if it is a Linux x86-64."""
+    """Of `checkout`, a copy that nobody changes meanwhile, and not git's. `twin` was built beside `arm64`, but by pip;
+    `here` is for this machine, if it is a Linux x86-64. `said` is what the building of `arm64` told."""
 
     python: str
+    checkout: Path
+    said: str
     arm64: Path
     twin: Path
     here: Path | None
@@ -132,21 +136,24 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
     python = python313()
     if python is None:
         pytest.skip(NO_PYTHON)
-    folder = tmp_path_factory.mktemp("packages")
+    folder, checkout = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("checkout-to-pack")
+    for name in (*OURS, "infra"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("node_modules"))
+    shutil.copy(ROOT / "gateway.toml", checkout)
     wanted = {"arm64": ["arm64"], "twin": ["arm64", "--pip"]}
     if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         wanted["here"] = ["x86_64"]
-    building: dict[str, subprocess.Popen[str]] = {}
+    building, told = dict[str, subprocess.Popen[str]](), dict[str, str]()
     for name, kind in wanted.items():
         command = [sys.executable, "infra/package.py", "--output", str(folder / f"{name}.zip"), "--platform", *kind]
         building[name] = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     for name, process in building.items():
-        said, _ = process.communicate()
-        assert process.returncode == 0, f"{name}: {said}"
-    here = folder / "here.zip"
-    return Packages(python, folder / "arm64.zip", folder / "twin.zip", here if "here" in wanted else None)
+        told[name], _ = process.communicate()
+        assert process.returncode == 0, f"{name}: {told[name]}"
+    zips = {name: folder / f"{name}.zip" for name in wanted}
+    return Packages(python, checkout, told["arm64"], zips["arm64"], zips["twin"], zips.get("here"))
 
 
 @dataclass
@@ -173,7 +180,16 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         watch.note(client.meta.service_model.service_name, operation, arguments)
         return call(client, operation, arguments)
 
+    sign = botocore.auth.SigV4Auth.add_auth
+
+    def signed(signer: Any, request: Any) -> None:  # what is asked of Bedrock goes past botocore's clients
+        if watch.watching and signer._service_name == "bedrock":
+            streams = request.url.endswith("/converse-stream")
+            watch.seen.add((f"bedrock:InvokeModel{'WithResponseStream' if streams else ''}", "models"))
+        sign(signer, request)
+
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", noted)
+    monkeypatch.setattr(botocore.auth.SigV4Auth, "add_auth", signed)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
@@ -213,13 +229,16 @@ class App:
 
 @pytest.fixture
 async def app(watch: Watch, store: Store, provider: Upstream, tmp_path: Path) -> AsyncIterator[App]:
+    config = tmp_path / "gateway.toml"
+    config.write_text("[providers.bedrock]\nenabled = true\n")
     settings = Settings.read(
         {
             "TABLE_NAME": "lightrail",
             "LR_KEY_PEPPER": PEPPER,
             "OPENAI_API_KEY": PROVIDER_KEY,
             "OPENAI_BASE_URL": provider.url,
-            "GATEWAY_CONFIG": str(tmp_path / "none.toml"),
+            "BEDROCK_BASE_URL": provider.url,
+            "GATEWAY_CONFIG": str(config),
         }
     )
     made = create_app(settings, store)

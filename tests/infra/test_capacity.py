@@ -57,6 +57,12 @@ def test_longer_calls_leave_a_key_fewer() -> None:
         assert most * Load(most, seconds).units <= 1000 < (most + 1) * Load(most + 1, seconds).units
 
 
+def test_the_document_says_how_much_the_sweep_keeps_up_with() -> None:
+    told = f"about {capacity.books_rate() // 100 * 100:,.0f} calls a second, of all keys together"
+    assert told in (ROOT / "infra/CAPACITY.md").read_text()
+    assert capacity.READS == 8, "as the document says"
+
+
 def test_nobody_calling_costs_storage_and_cents() -> None:
     cost = capacity.idle(stored=0)
     assert sum(cost.values()) < 0.10

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infra import package
 from shared.store.dynamodb import create_table_at
 from tests.infra.conftest import Packages
-from tests.server import ROOT
 from tests.shared.store.conftest import ENGINE, RESOURCES, free_port, wait_for
 
 MAGIC_313 = struct.pack("<H", 3571) + b"\r\n"
@@ -31,6 +35,55 @@ def files(packages: Packages) -> dict[str, bytes]:
 
 def test_two_builds_are_the_same_bytes(packages: Packages) -> None:
     assert packages.arm64.read_bytes() == packages.twin.read_bytes()
+
+
+def test_it_says_what_its_bytes_depend_on(packages: Packages) -> None:
+    """The Python that compiled it also packed it, whichever ran the script."""
+    ask = [packages.python, "-c", "import platform, zlib; print(platform.python_version(), zlib.ZLIB_RUNTIME_VERSION)"]
+    version, zlib = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
+    assert version.startswith("3.13.")
+    assert f"by Python {version} and zlib {zlib}, for arm64" in packages.said
+    assert f"sha256 {hashlib.sha256(packages.arm64.read_bytes()).hexdigest()}" in packages.said
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """One of git's, with what belongs there."""
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    for name in ("functions/app.py", "functions/cli.py", "functions/ui/page.js", "shared/books.py", "shared/READ.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / ".gitignore").write_text("*.db\n.env\n")
+    for command in (["init", "--quiet"], ["add", "."]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    return tmp_path
+
+
+OURS = ["functions/app.py", "functions/ui/page.js", "shared/books.py"]
+
+
+def test_what_git_ignores_or_is_for_laptops_is_not_packed(checkout: Path) -> None:
+    for name in ("functions/lightrail.db", "shared/.env"):
+        (checkout / name).write_text("secret")
+    assert sorted(package.ours(checkout)) == OURS
+
+
+def test_what_git_was_not_told_of_stops_the_build(checkout: Path) -> None:
+    (checkout / "shared/new.py").write_text("")
+    with pytest.raises(SystemExit, match=r"git does not know shared/new\.py: `git add`"):
+        package.ours(checkout)
+    subprocess.run(["git", "-C", checkout, "add", "."], check=True)
+    assert "shared/new.py" in package.ours(checkout)
+    (checkout / "shared/new.py").unlink()  # and not yet told to git
+    assert sorted(package.ours(checkout)) == OURS
+
+
+def test_without_git_all_is_packed(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".git")
+    (checkout / "functions/__pycache__").mkdir()
+    (checkout / "functions/__pycache__/app.pyc").write_text("")
+    assert sorted(package.ours(checkout)) == OURS
 
 
 def test_it_is_small(packages: Packages) -> None:
@@ -63,17 +116,17 @@ def test_machine_code_is_for_arm64(files: dict[str, bytes]) -> None:
     assert {struct.unpack_from("<H", content, 18)[0] for content in libraries.values()} == {ARM64}
 
 
-def test_our_code_is_as_in_the_checkout_and_nobody_elses(files: dict[str, bytes]) -> None:
+def test_our_code_is_as_in_the_checkout_and_nobody_elses(packages: Packages, files: dict[str, bytes]) -> None:
     ours = {
-        path.relative_to(ROOT).as_posix(): path.read_bytes()
+        path.relative_to(packages.checkout).as_posix(): path.read_bytes()
         for folder in package.OURS
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        for path in (packages.checkout / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
     ours = {name: content for name, content in ours.items() if name not in package.ON_LAPTOPS}
     packed = {name: content for name, content in files.items() if name.split("/")[0] in package.OURS}
     assert {name: content for name, content in packed.items() if not name.endswith(".pyc")} == ours
-    assert files["gateway.toml"] == (ROOT / "gateway.toml").read_bytes()
+    assert files["gateway.toml"] == (packages.checkout / "gateway.toml").read_bytes()
 
 
 def test_what_no_request_reads_is_left_out(files: dict[str, bytes]) -> None:
@@ -82,6 +135,19 @@ def test_what_no_request_reads_is_left_out(files: dict[str, bytes]) -> None:
     folders = {part for name in files for part in name.split("/")[:-1]}
     assert not folders & {"tests", "bin", "modal", "uvicorn", "pip", "moto"}
     assert not [name for name in files if name.endswith((".pth", ".pyi", ".c", "RECORD"))]
+
+
+def test_botocore_knows_what_the_functions_may_ask_for_and_no_more(files: dict[str, bytes], resources: Any) -> None:
+    roles = (each["Properties"] for each in resources["Resources"].values() if each["Type"] == "AWS::IAM::Role")
+    allowed = {action for role in roles for action in re.findall(r"'(\w+:\w+)'", str(role["Policies"]))}
+    for service in ("dynamodb", "ssm"):
+        ((model),) = (json.loads(files[name]) for name in files if re.search(rf"/{service}/.*/service-2.json", name))
+        assert {f"{service}:{name}" for name in model["operations"]} == {
+            action for action in allowed if action.startswith(f"{service}:")
+        }
+        text = json.dumps(model)
+        assert "documentation" not in text
+        assert set(re.findall(r'"shape": "(\w+)"', text)) == model["shapes"].keys()
 
 
 def test_without_python_313_it_says_what_to_install(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.openapi.utils import get_openapi
 
+from functions.app import assemble
 from functions.routes import MODEL_PATHS
-from functions.secrets import is_secret
+from functions.secrets import Current, is_secret
+from shared.metrics import EMF
 from shared.settings import Settings
 from tests.infra.conftest import STAGE
 from tests.server import ROOT
@@ -28,8 +32,10 @@ PLATFORM = {"AWS_LAMBDA_EXEC_WRAPPER"}
 """https://docs.aws.amazon.com/lambda/latest/dg/runtimes-modify.html"""
 NAMED_BY_THE_DEPLOYER = {
     "AWS::ApiGateway::Deployment", "AWS::ApiGateway::Method", "AWS::ApiGateway::Resource", "AWS::Events::Rule",
-    "AWS::Lambda::Function", "AWS::Lambda::Permission",
+    "AWS::Lambda::EventInvokeConfig", "AWS::Lambda::Function", "AWS::Lambda::Permission",
 }  # fmt: skip
+NEVER_OTHERWISE: JSON = {"ApiKeyRequired": False, "RequestParameters": {}}
+"""What API Gateway takes for said where only one of the deployers says it; so are lists with nothing in them."""
 
 
 class Template:
@@ -52,21 +58,26 @@ class Template:
         return found
 
     def routes(self) -> dict[str, JSON]:
-        """`ANY /v1/chat/completions` to the function, how long it may take and how it answers."""
+        """`ANY /v1/chat/completions` to all properties of the method, its resource and function by their own names."""
         found: dict[str, JSON] = {}
         for method in self.of("AWS::ApiGateway::Method").values():
-            properties = method["Properties"]
-            integration = properties["Integration"]
+            properties = NEVER_OTHERWISE | {key: each for key, each in method["Properties"].items() if each != []}
+            integration = dict(properties.pop("Integration"))
             uri = joined(integration["Uri"])
             function = next(name for name in self.of("AWS::Lambda::Function") if f"<{name}.Arn>" in uri)
-            assert properties["AuthorizationType"] == "NONE"
-            assert (integration["Type"], integration["IntegrationHttpMethod"]) == ("AWS_PROXY", "POST")
-            found[f"{properties['HttpMethod']} {self.path(properties['ResourceId'])}"] = {
-                "function": self.resources[function]["Properties"]["FunctionName"],
-                "uri": uri.replace(function, "function"),
-                "timeout": integration["TimeoutInMillis"],
-                "mode": integration.get("ResponseTransferMode", "BUFFERED"),
-            }
+            integration["Uri"] = uri.replace(function, self.resources[function]["Properties"]["FunctionName"])
+            integration.setdefault("ResponseTransferMode", "BUFFERED")
+            path = self.path(properties.pop("ResourceId"))
+            found[f"{properties['HttpMethod']} {path}"] = properties | {"Integration": integration}
+        return found
+
+    def invocations(self) -> dict[str, JSON]:
+        """How each function is called when nobody waits for its answer."""
+        found: dict[str, JSON] = {}
+        for each in self.of("AWS::Lambda::EventInvokeConfig").values():
+            properties = {key: value for key, value in each["Properties"].items() if value != {}}
+            function = properties.pop("FunctionName")["Ref"]
+            found[self.resources[function]["Properties"]["FunctionName"]] = properties
         return found
 
     def path(self, resource: JSON) -> str:
@@ -154,21 +165,49 @@ def test_both_have_the_same_routes(by_osls: JSON, by_cdk: JSON, functions: JSON)
     assert found == Template(by_cdk).routes()
     api = "<AWS::Partition>:apigateway:<AWS::Region>:lambda:path"
     uris = {
-        "STREAM": f"arn:{api}/2021-11-15/functions/<function.Arn>/response-streaming-invocations",
-        "BUFFERED": f"arn:{api}/2015-03-31/functions/<function.Arn>/invocations",
+        "STREAM": f"arn:{api}/2021-11-15/functions/<{{}}.Arn>/response-streaming-invocations",
+        "BUFFERED": f"arn:{api}/2015-03-31/functions/<{{}}.Arn>/invocations",
     }
     wanted: dict[str, JSON] = {}
     for name, facts in functions.items():
         for event in facts["events"]:
             if http := event.get("http"):
                 mode = http.get("response", {}).get("transferMode", "BUFFERED")
-                wanted[f"{http['method'].upper()} /{http['path'].strip('/')}"] = {
-                    "function": f"lightrail-{STAGE}-{name}",
-                    "uri": uris[mode],
-                    "timeout": http["timeoutInMillis"],
-                    "mode": mode,
+                method = http["method"].upper()
+                wanted[f"{method} /{http['path'].strip('/')}"] = {
+                    "RestApiId": {"Ref": "RestApi"},
+                    "HttpMethod": method,
+                    "AuthorizationType": "NONE",
+                    "ApiKeyRequired": False,
+                    "RequestParameters": {},
+                    "Integration": {
+                        "Type": "AWS_PROXY",
+                        "IntegrationHttpMethod": "POST",
+                        "Uri": uris[mode].format(f"lightrail-{STAGE}-{name}"),
+                        "TimeoutInMillis": http["timeoutInMillis"],
+                        "ResponseTransferMode": mode,
+                    },
                 }
     assert found == wanted
+
+
+def test_both_try_a_failed_run_once(by_osls: JSON, by_cdk: JSON) -> None:
+    """Lambda would run it twice more, beside the next: the schedule comes back by itself."""
+    found = Template(by_osls).invocations()
+    assert found == Template(by_cdk).invocations()
+    assert found == {f"lightrail-{STAGE}-sweep": {"Qualifier": "$LATEST", "MaximumRetryAttempts": 0}}
+
+
+def test_all_functions_have_the_same_settings(functions: JSON) -> None:
+    """They are written once, and reach all; the wrapper is what only `stream` has."""
+    found = [
+        {name: facts["environment"][name] for name in facts["environment"].keys() - PLATFORM}
+        for facts in functions.values()
+    ]
+    assert found[0] == found[1] == found[2]
+    defaults = Settings.read({})
+    for name in ("LOG_LEVEL", "GENERATION_TTL_DAYS"):
+        assert str(getattr(defaults, name.lower())) == found[0][name], "the README tells the same of both"
 
 
 def test_both_have_the_same_schedule_and_callers(by_osls: JSON, by_cdk: JSON) -> None:
@@ -202,11 +241,19 @@ def test_the_stage_is_where_the_base_url_says(by_osls: JSON, by_cdk: JSON) -> No
 
 
 def test_every_model_route_streams_and_no_other(functions: JSON) -> None:
+    """Those of the app that asks models are explicit; the greedy rest goes to the one that does not."""
     paths = {
         name: [event["http"]["path"] for event in facts["events"] if "http" in event]
         for name, facts in functions.items()
     }
-    assert sorted(paths["stream"]) == sorted(f"{root}{path}".strip("/") for path in MODEL_PATHS for root in ("/v1", ""))
+    current = Current({"DATABASE_URL": "sqlite:///never-opened.db"})
+    with_models, without = (
+        get_openapi(title="", version="", routes=assemble(current.settings, current, asks_models=asks).routes)["paths"]
+        for asks in (True, False)
+    )
+    asking = with_models.keys() - without.keys()
+    assert {path.removeprefix("/v1") for path in asking} == MODEL_PATHS
+    assert {f"/{path}" for path in paths["stream"]} == asking | MODEL_PATHS, "`/v1` may be left out"
     assert sorted(paths["api"]) == ["/", "v1", "v1/{proxy+}", "{proxy+}"]
 
 
@@ -247,13 +294,44 @@ def test_the_table_outlives_the_stack(resources: JSON) -> None:
 
 def test_alarms_and_dashboard_are_within_what_is_free(resources: JSON) -> None:
     kinds = [each["Type"] for each in resources["Resources"].values()]
-    assert kinds.count("AWS::CloudWatch::Alarm") <= 10
     assert kinds.count("AWS::CloudWatch::Dashboard") <= 3
-    for each in resources["Resources"].values():
-        if each["Type"] == "AWS::CloudWatch::Alarm":
-            assert each["Properties"]["AlarmActions"] == [{"Ref": "AlarmTopic"}]
+    alarms = [each["Properties"] for each in resources["Resources"].values() if each["Type"].endswith("::Alarm")]
+    assert sum(sum("MetricStat" in each for each in alarm.get("Metrics", ())) or 1 for alarm in alarms) <= 10
+    assert all(alarm["AlarmActions"] == [{"Ref": "AlarmTopic"}] for alarm in alarms)
     body = json.loads(resources["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"])
     assert all(widget["properties"]["metrics"] for widget in body["widgets"])
+
+
+def test_alarms_and_dashboard_are_of_one_stage_and_of_metrics_that_are_made(resources: JSON) -> None:
+    """Two stages share an account and a namespace."""
+    made = {"BooksDiffer", "KeysLeftOver"}
+    for each in (each["Properties"] for each in resources["Resources"].values() if each["Type"].endswith("::Alarm")):
+        metrics = [metric["MetricStat"]["Metric"] for metric in each.get("Metrics", ()) if "MetricStat" in metric]
+        for metric in metrics or [each]:
+            values = [dimension["Value"] for dimension in metric["Dimensions"]]
+            assert any(value in ({"Ref": "Stage"}, {"Ref": "Table"}) or "${Stage}" in str(value) for value in values)
+            if metric["Namespace"] == "Lightrail":
+                assert {dimension["Name"] for dimension in metric["Dimensions"]} == {"service", "stage"}
+                made.remove(metric["MetricName"])
+    assert not made
+    body = resources["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    searches = [line for line in body.splitlines() if "SEARCH(" in line]
+    names = {name for line in searches for name in re.findall(r"MetricName=\W+(\w+)", line)}
+    assert len(searches) == 5
+    assert names == {"CostUSD", "Errors", "Latency", "Requests"} <= {name for name, _ in EMF.NAMES.values()}
+    assert all('{Lightrail,provider,service,stage} stage=\\"${Stage}\\"' in line for line in searches)
+
+
+def test_throttling_by_the_index_raises_the_alarm_too(resources: JSON) -> None:
+    metrics = resources["Resources"]["TableThrottled"]["Properties"]["Metrics"]
+    seen = {
+        tuple(dimension["Name"] for dimension in each["MetricStat"]["Metric"]["Dimensions"])
+        for each in metrics
+        if "MetricStat" in each
+    }
+    assert seen == {("TableName",), ("TableName", "GlobalSecondaryIndexName")}
+    table = resources["Resources"]["Table"]["Properties"]
+    assert "generations" in [index["IndexName"] for index in table["GlobalSecondaryIndexes"]]
 
 
 def test_linters_find_nothing(by_osls: JSON, by_cdk: JSON, scratch: Path) -> None:

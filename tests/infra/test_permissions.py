@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
+from fastapi.openapi.utils import get_openapi
+
 from functions import sweep
-from functions.secrets import Secrets
+from functions.app import assemble
+from functions.secrets import Current, Secrets
+from shared.keys import time_ordered
 from shared.settings import Settings
 from shared.store.base import Admitted, Ask, Hold
-from tests.infra.conftest import PATH, App, Permissions, Watch
+from tests.infra.conftest import HELLO, MODEL, PATH, App, Permissions, Watch
 from tests.server import ADMIN_KEY, PEPPER
 
 JSON = dict[str, Any]
 LOGS = {"logs:CreateLogStream", "logs:PutLogEvents"}
 """Lambda writes the log itself, but by the function's role."""
+MODELS = ("foundation-model/*", "inference-profile/*", "application-inference-profile/*")
+"""Converse is allowed as InvokeModel: https://docs.aws.amazon.com/bedrock/latest/userguide/inference-profiles-prereq.html"""
 
 
 def allowed(resources: JSON, name: str) -> Permissions:
@@ -46,9 +53,12 @@ def target_of(resource: JSON, name: str) -> str:
             return "log"
         case {"Fn::Sub": text} if text == secrets:
             return "secrets"
+        case {"Fn::Sub": text} if text.startswith("arn:${AWS::Partition}:bedrock:*:"):
+            assert text.rpartition(":")[2] in MODELS
+            return "models"
         case {"Fn::Sub": text} if text.startswith("${Table.Arn}/index/"):
             return text.removeprefix("${Table.Arn}/")
-    raise AssertionError(f"{name}: {resource}: neither the table, an index of it, the secrets, nor its log")
+    raise AssertionError(f"{name}: {resource}: neither the table, an index of it, the secrets, a model, nor its log")
 
 
 async def test_stream(app: App, watch: Watch, resources: JSON) -> None:
@@ -60,6 +70,22 @@ async def test_stream(app: App, watch: Watch, resources: JSON) -> None:
     assert (
         await app.ask("POST", "/v1/embeddings", {"model": "openai/text-embedding-3-small", "input": "x"})
     ).is_success
+    for stream in (False, True):  # signed, sent, and refused by the fake
+        assert (await app.chat(model="bedrock/amazon.nova-lite-v1:0", stream=stream)).status_code == 400
+    called: JSON = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    tools = [
+        HELLO,
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+    ]
+    await app.chat(model="bedrock/amazon.nova-lite-v1:0", messages=tools)  # what the client lost of it is looked up
+    for _ in range(2):
+        assert (await app.ask("POST", "/generate", {"prompt": "hello", "provider": "openai"})).status_code == 200
+        said = {"user_id": "ada", "session_id": "s", "message": "hello"}
+        assert '"done"' in (await app.ask("POST", "/rr-chat/stream", said)).text
+    for model in (MODEL, "bedrock/amazon.nova-lite-v1:0"):  # the answer is kept for the like of it; a refusal is not
+        body = {"model": model, "messages": [HELLO]}
+        await app.client.post("/v1/chat/completions", json=body, headers={"idempotency-key": model})
     assert (await app.chat(messages="no list")).status_code == 400
     assert (await app.chat(model="nobody/nothing")).status_code == 404
     assert (await app.ask("POST", "/v1/completions", {}, key=ADMIN_KEY)).status_code == 401
@@ -73,26 +99,46 @@ async def test_stream(app: App, watch: Watch, resources: JSON) -> None:
 
 async def test_api(app: App, watch: Watch, resources: JSON) -> None:
     """Every route but the model routes."""
-    answered = (await app.chat()).json()
+    answered = (await app.chat(store=True, user="ada", session_id="s")).json()
     watch.watching = True
     await Secrets(PATH).current()
     made = (await app.ask("POST", "/admin/keys", {"name": "bob", "rpm": 10})).json()
-    key = f"/admin/keys/{made['id']}"
-    asked = [
-        ("GET", "/v1/models", None),
-        ("GET", "/v1/key", None),
-        ("GET", f"/v1/generation?id={answered['id']}", None),
-        ("GET", "/admin/keys", None),
-        ("GET", key, None),
-        ("PATCH", key, {"rpm": 20}),
-        ("POST", f"{key}/rotate", {}),
-        ("DELETE", key, None),
-        ("GET", "/admin/usage", None),
-        ("GET", f"/admin/generations?key={app.key.id}", None),
-    ]
-    for method, path, body in asked:
+    session = "user_id=ada&session_id=s"
+    asked: dict[str, tuple[str, JSON | None]] = {
+        "GET /": ("", None),
+        "GET /health": ("", None),
+        "GET /metrics": ("", None),
+        "GET /v1/models": ("", None),
+        "GET /v1/models/{name}": (MODEL, None),
+        "GET /v1/capabilities": ("", None),
+        "POST /v1/route": ("", {"model": MODEL, "messages": [HELLO]}),
+        "GET /v1/generation": (f"?id={answered['id']}", None),
+        "GET /v1/key": ("", None),
+        "GET /history": (f"?{session}", None),
+        "POST /history": ("", {"user_id": "ada", "session_id": "s"}),
+        "GET /history/sessions": ("?user_id=ada", None),
+        "DELETE /history": (f"?{session}", None),
+        "GET /admin/keys": ("", None),
+        "GET /admin/keys/{key_id}": (made["id"], None),
+        "PATCH /admin/keys/{key_id}": (made["id"], {"rpm": 20}),
+        "POST /admin/keys/{key_id}/rotate": (made["id"], {}),
+        "DELETE /admin/keys/{key_id}": (made["id"], None),
+        "GET /admin/usage": ("", None),
+        "GET /admin/generations": (f"?key={app.key.id}", None),
+        "GET /admin/providers": ("", None),
+        "PATCH /admin/providers/{name}": ("openai", {"enabled": True}),
+        "GET /admin/models": ("", None),
+        "PATCH /admin/models/{name}": (MODEL, {"priority": 1}),
+    }
+    for route, (rest, body) in asked.items():
+        method, path = route.split()
+        path = re.sub(r"{\w+}", rest, path) if "{" in path else path + rest
         answer = await app.ask(method, path, body)
         assert answer.status_code == 200, (method, path, answer.text)
+    current = Current({"DATABASE_URL": "sqlite:///never-opened.db"})
+    routes = get_openapi(title="", version="", routes=assemble(current.settings, current, asks_models=False).routes)
+    known = {f"{method.upper()} {path}" for path, methods in routes["paths"].items() for method in methods}
+    assert known == asked.keys() | {"POST /admin/keys"}
     assert watch.seen == allowed(resources, "api")
 
 
@@ -101,10 +147,11 @@ async def test_sweep(app: App, watch: Watch, resources: JSON) -> None:
     await app.crashed("crash-one")
     now = int(time.time())
     hold = Hold(10, 10, now - 3 * 86400, 600)
-    assert isinstance(await app.store.admit(Ask(app.key.id, app.key.hash, "old", hold)), Admitted)
-    old = sweep.books.lost(app.key.id, "old", hold, now - 3 * 86400)
+    request_id = time_ordered(hold.start)
+    assert isinstance(await app.store.admit(Ask(app.key.id, app.key.hash, request_id, hold)), Admitted)
+    old = sweep.books.lost(app.key.id, request_id, hold, hold.start)
     await app.store.record(old, now + 86400)
-    await app.store.settle(app.key.id, "old", hold, old.cost, 10, now)
+    await app.store.settle(app.key.id, request_id, hold, old.cost, 10, now)
     watch.watching = True
     settings = Settings.read({"TABLE_NAME": "lightrail"})
     told = await sweep.run(settings, sweep.Memory(), lambda: 800.0)

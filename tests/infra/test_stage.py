@@ -1,8 +1,9 @@
 """Both templates put up on moto, and used there from an administrator's terminal.
 
-moto stops short of AWS here: it makes no gateway responses, alarms, stages of an API or bucket policies from a
+moto stops short of AWS here: it makes no gateway responses, alarms, stages of an API, retries or bucket policies from a
 template, and forgets its kind of endpoint, transfer mode, time limits of integrations, architecture, TTL and recovery.
-test_parity.py looks at those as they are written. Nothing runs there either: the package has two bytes.
+test_parity.py looks at those as they are written. Nothing runs there either: the package has two bytes. So the API is
+used through a stand-in that has the routes that moto holds, with functions that have the variables that moto holds.
 """
 
 from __future__ import annotations
@@ -10,29 +11,38 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import pytest
 from moto import mock_aws
+from openai import AsyncOpenAI
 
-from functions import cli
-from functions.routes import MODEL_PATHS
+from functions import cli, runtime, sweep
+from functions.api import Handler as APIHandler
+from functions.stream import prepared
 from infra import stage as stages
 from shared.keys import Keys
 from shared.store import open_store
 from shared.store.base import VirtualKey
 from shared.store.dynamodb import create_table_at
+from tests.apigateway import APIGateway, Route, written
 from tests.infra.conftest import REGION, STAGE
-from tests.server import ROOT
+from tests.runtime_api import RuntimeAPI
+from tests.server import PROVIDER_KEY, ROOT
+from tests.upstream import Upstream
 
 JSON = dict[str, Any]
 NOT_BY_MOTO = {
     "AWS::ApiGateway::GatewayResponse",
     "AWS::ApiGateway::Stage",
     "AWS::CloudWatch::Alarm",
+    "AWS::Lambda::EventInvokeConfig",
     "AWS::S3::BucketPolicy",
 }
 PROVIDERS = {
@@ -100,16 +110,9 @@ def test_everything_is_put_up(deployed: JSON) -> None:
     left_out = deployed["Resources"].keys() - {each.get("LogicalResourceId") for each in made}
     assert {deployed["Resources"][name]["Type"] for name in left_out} <= NOT_BY_MOTO
 
-    apis = boto3.client("apigateway")
-    (api,) = apis.get_rest_apis()["items"]
-    streaming = {
-        resource["path"]
-        for resource in apis.get_resources(restApiId=api["id"], limit=500)["items"]
-        for method in resource.get("resourceMethods", ())
-        if "/response-streaming-invocations"
-        in apis.get_integration(restApiId=api["id"], resourceId=resource["id"], httpMethod=method)["uri"]
-    }
-    assert streaming == {f"{root}{path}" for root in ("", "/v1") for path in MODEL_PATHS}
+    (api,) = boto3.client("apigateway").get_rest_apis()["items"]
+    wanted = [replace(each, function=f"lightrail-{STAGE}-{each.function}") for each in written()]
+    assert sorted(held_routes(), key=str) == sorted(wanted, key=str)
 
     functions = {each["FunctionName"]: each for each in boto3.client("lambda").list_functions()["Functions"]}
     assert functions.keys() == {f"lightrail-{STAGE}-{name}" for name in ("stream", "api", "sweep")}
@@ -123,6 +126,80 @@ def test_everything_is_put_up(deployed: JSON) -> None:
     assert {each["logGroupName"]: each["retentionInDays"] for each in logs} == {
         f"/aws/lambda/{name}": 30 for name in functions
     }
+
+
+def held_routes() -> list[Route]:
+    """The routes of the API that moto holds; which of them streams is told by what they call."""
+    apis = boto3.client("apigateway")
+    (api,) = apis.get_rest_apis()["items"]
+    found: list[Route] = []
+    for resource in apis.get_resources(restApiId=api["id"], limit=500)["items"]:
+        for method in resource.get("resourceMethods", ()):
+            at = {"restApiId": api["id"], "resourceId": resource["id"], "httpMethod": method}
+            uri = apis.get_integration(**at)["uri"]
+            called = re.fullmatch(r"arn:.*/functions/(arn:[^/]+)/(response-streaming-)?invocations", uri)
+            assert called, uri
+            name = boto3.client("lambda").get_function(FunctionName=called[1])["Configuration"]["FunctionName"]
+            found.append(Route(method, resource["path"], name, called[2] is not None))
+    return found
+
+
+def held_variables(name: str) -> dict[str, str]:
+    """What Lambda would give the function."""
+    held = boto3.client("lambda").get_function_configuration(FunctionName=f"lightrail-{STAGE}-{name}")
+    return {**held["Environment"]["Variables"], "AWS_LAMBDA_FUNCTION_NAME": held["FunctionName"]}
+
+
+async def test_the_api_is_used(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], provider: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key, a stream, its record, its money, and the sweep: by the routes, variables, secrets and table put up."""
+    secret = {"Name": f"/lightrail/{STAGE}/OPENAI_BASE_URL", "Value": provider.url, "Type": "SecureString"}
+    boto3.client("ssm").put_parameter(**secret)
+    monkeypatch.setenv("OPENAI_API_KEY", PROVIDER_KEY)
+    assert await asyncio.to_thread(stages.main, ["show", STAGE]) == 0
+    capsys.readouterr()
+    await asyncio.to_thread(asked, capsys, "secrets", "push")
+    key = (await asyncio.to_thread(asked, capsys, "keys", "create", "--name", "ada", "--role", "admin"))["key"]
+    async with RuntimeAPI() as platform:
+        events = runtime.RuntimeAPI(platform.address)
+        streaming = asyncio.ensure_future(runtime.serve(events, prepared(events, held_variables("stream"), 1), 1))
+        api = await asyncio.to_thread(APIHandler, held_variables("api"))
+        async with (
+            APIGateway(platform, api, routes=held_routes()) as gateway,
+            AsyncOpenAI(api_key=key, base_url=f"{gateway.url}/v1", max_retries=0) as client,
+        ):
+            hello: Any = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
+            stream = await client.chat.completions.create(**hello, stream=True)
+            chunks = [chunk async for chunk in stream]
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "hello"
+            assert (await client.chat.completions.create(**hello)).choices[0].message.content == "hello"
+            assert "openai/gpt-4o-mini" in [model.id async for model in client.models.list()]
+            told = await client.get("/generation", cast_to=httpx.Response, options={"params": {"id": chunks[0].id}})
+            assert told.json()["status"] == "ok"
+            async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as anybody:
+                anybody.headers["authorization"] = f"Bearer {key}"
+                used = (await anybody.get("/admin/usage")).json()["total"]
+                statuses = [
+                    (await anybody.request(method, path)).status_code
+                    for method, path in (("GET", "/health"), ("HEAD", "/"), ("GET", "/v1/nothing"), ("PUT", "/v1/key"))
+                ]
+                assert statuses == [200, 200, 404, 405]
+                assert (await anybody.get(f"{gateway.url}d/health")).json()["error"]["code"] == "unknown_url"
+        assert not platform.violations
+        streaming.cancel()
+        await asyncio.wait([streaming])
+    assert used["requests"] == 2
+    assert used["cost_usd"] > 0
+    for name, value in held_variables("sweep").items():
+        monkeypatch.setenv(name, value)
+    swept = await asyncio.to_thread(sweep.handler, {"source": "aws.events"}, Context())
+    assert (swept["keys"], swept["differing"], swept["failed"], swept["left_over"]) == (1, 0, 0, 0)
+
+
+class Context:
+    def get_remaining_time_in_millis(self) -> int:
+        return 540_000
 
 
 def test_tests_and_laptops_have_the_same_table(deployed: JSON) -> None:
