@@ -79,6 +79,7 @@ class Provider(Row):
     first_content_timeout: float | None = Field(default=None, gt=0)  # seconds; else the settings'
     gap_timeout: float | None = Field(default=None, gt=0)
     slow: Mapping[str, float] = {}  # seconds to the first content, by model pattern
+    answers_elsewhere: bool = False  # whether a late answer may be fetched by a 303 to its own host, as Modal's must
 
     completions: tuple[str, ...] = ()  # models with a /completions of their own; others are asked by chat
     embeddings: tuple[str, ...] = ()  # models that may be asked for embeddings
@@ -101,7 +102,9 @@ class Provider(Row):
     strips: tuple[str, ...] = ECHOED  # fields of messages that it refuses
     echoes_reasoning: str | None = None  # under which name it takes reasoning back in the history
     bare_audio: bool = False  # audio parts hold the base64 itself
-    tool_id_length: int | None = None  # tool call ids must be this many ASCII letters and digits
+    file_urls: bool = False  # files are `file_url` parts, with a URL or the base64 itself
+    unknown_reasoning: str | None = None  # stands for it where it is not known, and must be there all the same
+    tool_ids: str | None = None  # the form that tool call ids must have; each is then for one call
 
     reasoning_on_top: bool = False  # reasoning tokens are not counted in `completion_tokens`
     cost: ReportedCost | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 
@@ -180,14 +181,19 @@ class ProviderError(Exception):
         """Whether the next deployment may be asked: no, where it would be refused for the same reason."""
         return FAULTS[self.fault].falls_back
 
+    @property
+    def wait(self) -> int:
+        """Whole seconds, as a caller is told them."""
+        return max(1, min(60, ceil(self.retry_after or 1)))
+
     def answer(self) -> GatewayError:
         """What the caller is told when this was the last attempt."""
         kind = FAULTS[self.fault].answer
-        if kind is RateLimited:
-            return RateLimited(self.message, retry_after=max(1, min(60, round(self.retry_after or 1))))
+        if issubclass(kind, RateLimited | Overloaded):
+            return kind(self.message, retry_after=self.wait)
         if issubclass(kind, InvalidRequest):
             return kind(self.message, param=self.param, code=kind.code or self.code)
-        return kind(self.message)
+        return kind(self.message, headers={"x-should-retry": "false"} if self.fault in IN_VAIN else None)
 
 
 Again = Literal["no", "once", "wait"]
@@ -204,6 +210,8 @@ class Fault(NamedTuple):
     answer: type[GatewayError]
 
 
+IN_VAIN = frozenset({"too_large", "total_timeout"})
+"""The same request would cost the same again, and come to the same end."""
 FAULTS = {
     "connect": Fault("once", True, UpstreamUnavailable),
     "dns": Fault("no", True, UpstreamUnavailable),

@@ -40,6 +40,7 @@ DRAIN_SECONDS = 0.25
 LOOK_SECONDS = 0.25
 """How often a timer looks at most whether its time, which may have come nearer, is up."""
 MAX_BAD_EVENTS = 3
+MAX_HOPS = 5
 MAX_DEPTH = 200
 ENCODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 MAX_ENCODINGS = 2
@@ -115,7 +116,7 @@ class Upstream:
     ) -> Piece:
         """A whole answer, in OpenAI's shape; raises ProviderError."""
         notes = notes or Notes()
-        async with _faults(to), Timer(deadline), self._send(outgoing, notes) as response:
+        async with _faults(to), Timer(deadline), self._send(to, outgoing, notes) as response:
             await _check(response, to)
             body = _decoded(response)
             async for start in body:
@@ -141,7 +142,7 @@ class Upstream:
         async with (
             _faults(to),
             Timer(deadline, "first_content_timeout", patience) as timer,
-            self._send(outgoing, notes) as response,
+            self._send(to, outgoing, notes) as response,
         ):
             await _check(response, to)
             gap = to.provider.gap_timeout or self._settings.gap_timeout
@@ -178,7 +179,7 @@ class Upstream:
             reader.end()
 
     @asynccontextmanager
-    async def _send(self, outgoing: Outgoing, notes: Notes) -> AsyncGenerator[httpx.Response]:
+    async def _send(self, to: Deployment, outgoing: Outgoing, notes: Notes) -> AsyncGenerator[httpx.Response]:
         url = _url(outgoing.url)
         headers = {**HEADERS, **outgoing.headers}
         if outgoing.region is not None:
@@ -188,10 +189,32 @@ class Upstream:
             response = await self._pool(url).handle_async_request(request)
         finally:
             notes.retried_stale = "retried_stale" in request.extensions
+        if to.provider.answers_elsewhere:
+            response = await self._fetched(url, headers, response)
         try:
             yield response
         finally:
             await response.aclose()
+
+    async def _fetched(self, url: httpx.URL, headers: dict[str, str], response: httpx.Response) -> httpx.Response:
+        """The late answer, from where the provider says that it will be: our key goes to no other host.
+
+        https://modal.com/docs/guide/webhook-timeouts: after 150 s, and after every further 150 s."""
+        for _ in range(MAX_HOPS):
+            if response.status_code != 303 or not (onward := _same_host(url, response.headers.get("location", ""))):
+                break
+            await response.aclose()
+            request = httpx.Request("GET", onward, headers=headers, extensions=self._extensions)
+            response = await self._pool(url).handle_async_request(request)
+        return response
+
+
+def _same_host(url: httpx.URL, location: str) -> httpx.URL | None:
+    try:
+        onward = url.join(location)
+    except httpx.InvalidURL:
+        return None
+    return onward if (onward.scheme, onward.netloc) == (url.scheme, url.netloc) else None
 
 
 async def _signed(outgoing: Outgoing) -> dict[str, str]:
@@ -427,9 +450,9 @@ async def _read(body: AsyncGenerator[bytes], cap: int, start: bytes = b"", *, cu
     async for data in body:
         text += data
         if len(text) > cap:
-            if cut:
-                break
-            raise _too_large()
+            break
+    if len(text) > cap and not cut:
+        raise _too_large()
     return bytes(text[:cap])
 
 
@@ -495,12 +518,12 @@ async def _faults(to: Deployment) -> AsyncGenerator[None]:
         yield
     except (ProviderError, sse.TooLong, httpx.HTTPError, httpx.StreamError) as error:
         fault = error if isinstance(error, ProviderError) else _fault(error)
-        if fault.fault in ALARMING:
-            reason = str(error.__cause__ or fault.message)
-            logger.error("upstream.alarm", extra={"deployment": to.id, "fault": fault.fault, "reason": reason})
         if (key := to.provider.api_key) is not None:
             fault.message = without(key.get_secret_value(), fault.message)
             fault.param = fault.param and without(key.get_secret_value(), fault.param)
+        if fault.fault in ALARMING:
+            reason = str(error.__cause__ or fault.message)
+            logger.error("upstream.alarm", extra={"deployment": to.id, "fault": fault.fault, "reason": reason})
         if fault is error:
             raise
         raise fault from error

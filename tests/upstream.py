@@ -74,12 +74,12 @@ class Peer(asyncio.StreamReaderProtocol):
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.gone()
+        self.gone(reset=exc is not None)
         super().connection_lost(exc)
 
-    def gone(self) -> None:
+    def gone(self, *, reset: bool = False) -> None:
         exchange, self.exchange = self.exchange, None
-        if exchange and exchange.seen and not exchange.writer.is_closing():
+        if exchange and exchange.seen and (reset or not exchange.writer.is_closing()):
             exchange.seen.closed_after = time.monotonic() - exchange.seen.at
             if self.task:
                 self.task.cancel()
@@ -141,13 +141,14 @@ class Upstream:
         self.seen: list[Seen] = []
         self.malformed: list[str] = []
         self.queue: deque[Sequence[Step]] = deque()
-        self.by_model: dict[str, Sequence[Step]] = {}
+        self.by_model: dict[str | None, Sequence[Step]] = {}
         self.greetings: deque[Sequence[Step]] = deque()
 
     def next(self, *steps: Step) -> None:
         self.queue.append(steps)
 
-    def always(self, model: str, *steps: Step) -> None:
+    def always(self, model: str | None, *steps: Step) -> None:
+        """None: whoever names no model in the body."""
         self.by_model[model] = steps
 
     def greet(self, *steps: Step) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache
@@ -23,18 +24,26 @@ import psutil
 import pytest
 
 from shared.errors import GatewayError
+from shared.schema import parse
 from shared.store.base import VirtualKey
 from shared.store.sqlite import SQLiteStore
+from shared.upstream import Notes
 from shared.upstream import Upstream as OurSide
 from tests import upstream as fake
+from tests.faults import Authority, black_hole
 from tests.kit import Kit, Outcome, whole
+from tests.server import free_port
 from tests.upstream import (
     DONE,
     END,
     Step,
     Upstream,
     answer,
+    apart,
+    chunk,
     close,
+    drip,
+    echo,
     endless,
     event,
     framed,
@@ -69,13 +78,13 @@ class World:
         self.key = key
         self.first = first
         self.second = second
-        self.outcomes: list[Outcome] = []
+        self.settled = 0
 
     async def ask(self, model: str = "first/m", *others: str, text: str = "hi", **more: Any) -> Outcome:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
         async with asyncio.timeout(30):
             outcome = await self.kit.ask(self.key, {**body, "models": list(others)} if others else body)
-        self.outcomes.append(outcome)
+        self.settled += outcome.row.cost
         return outcome
 
     async def works(self) -> None:
@@ -83,7 +92,7 @@ class World:
         plain = await self.ask("first/plain", "second/plain")
         assert (plain.error, said(plain)) == (None, "hi")
         assert plain.key.open == {}
-        assert plain.key.spent == sum(outcome.row.cost for outcome in self.outcomes)
+        assert plain.key.spent == self.settled
         assert not self.kit.gateway.open
         for pool in self.ours._pools.values():
             assert all(connection.is_idle() for connection in pool._pool.connections)
@@ -110,15 +119,15 @@ async def nothing_left() -> AsyncIterator[None]:
 
 @pytest.fixture
 async def open_world(tmp_path: Path, nothing_left: None) -> AsyncIterator[Open]:
-    """`open_world(BUDGETS, hole="http://…")`: more providers by their base URLs; checked and closed after the test."""
+    """`open_world(BUDGETS, hole="http://…")`: more providers, as URL or row; checked and closed after the test."""
     worlds: list[World] = []
     async with AsyncExitStack() as stack:
 
-        async def make(budgets: dict[str, str] = BUDGETS, max_connections: int = 100, **places: str) -> World:
+        async def make(budgets: dict[str, str] = BUDGETS, max_connections: int = 100, **places: Any) -> World:
             first = await stack.enter_async_context(Upstream(SECRET))
             second = await stack.enter_async_context(Upstream(SECRET))
             rows = {"first": first.url, "again": first.url, "second": second.url, "spare": second.url, **places}
-            config = "".join(f'[providers.{name}]\nbase_url = "{url}"\n' for name, url in rows.items())
+            config = "".join(f"[providers.{name}]\n{lines(row)}" for name, row in rows.items())
             (tmp_path / "gateway.toml").write_text(f"{config}[prices]\ndefault = {{ input = 1, output = 2 }}\n")
             keys = {f"{name.upper()}_API_KEY": SECRET for name in rows}
             store = SQLiteStore(str(tmp_path / "test.db"))
@@ -133,6 +142,12 @@ async def open_world(tmp_path: Path, nothing_left: None) -> AsyncIterator[Open]:
         yield make
         for world in worlds:
             await world.works()
+
+
+def lines(row: str | dict[str, Any]) -> str:
+    """A provider's row in TOML."""
+    given = row if isinstance(row, dict) else {"base_url": row}
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items())
 
 
 @pytest.fixture
@@ -378,7 +393,7 @@ PLACES = (("first", "second"), ("again", "spare"))
 
 
 @each(ROWS)
-async def test_before_content_with_nobody_else(open_world: Open, row: Row) -> None:
+async def test_before_content_with_nobody_else(open_world: Open, row: Row, caplog: pytest.LogCaptureFixture) -> None:
     world = await open_world(SHORT if row.short else BUDGETS)
     world.first.always("m", *row.script)
     for mode, (place, _) in zip(row.modes, PLACES, strict=False):
@@ -395,6 +410,11 @@ async def test_before_content_with_nobody_else(open_world: Open, row: Row) -> No
         assert not any(word in told for word in (SECRET, "internal.example", "Abc123", "<h1>", "elsewhere", "169.254"))
         if row.answer[0] in (429, 503):
             assert 1 <= int(outcome.error.headers["retry-after"]) <= 60
+    alarms = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert bool(alarms) == (row.fault in ("redirect", "auth", "money", "model_gone"))
+    assert SECRET not in caplog.text
+    if row.id == "H5 other host":
+        assert {vars(record)["host"] for record in alarms} == {"elsewhere.test"}
 
 
 @each(ROWS)
@@ -435,6 +455,7 @@ class Odd:
     text: str = "hello"
     modes: tuple[bool, ...] = (False, True)
     source: str = "provider"
+    finish: str = "stop"
 
 
 def interim(status: int) -> Step:
@@ -459,6 +480,7 @@ def ending(*events: Any) -> list[Step]:
 
 
 DATA, FINISH = fake.dumped(body()), delta(finish="stop")
+LONG_TEXT = "word " * 2_000_000
 TEXTS = {"content_type": "text/plain"}
 WIDE = {
     "E5 separators": "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei",
@@ -520,7 +542,7 @@ ODD = [
     Odd("E13 spaces", [stream(*EVENTS, b"data:  [DONE] \r\r")]),
     Odd("E14", [stream(ROLE, b"data: {\n\ndata:\n\ndata: null\n\n", delta("hel"), b"data: 5\n\n", *EVENTS[2:], DONE)]),
     Odd("E14 trailing", [stream(*EVENTS, b"data: {\n\n")]),
-    Odd("E15", [stream(delta("x" * 10_000_000), FINISH, USED, DONE)], "x" * 10_000_000, source="estimated"),
+    Odd("E15", [stream(delta(LONG_TEXT), FINISH, USED, DONE)], LONG_TEXT, source="estimated"),
     Odd(
         "E16",
         [stream(*[delta(f"{n} ") for n in range(10_000)], FINISH, USED, DONE)],
@@ -548,7 +570,7 @@ ODD = [
     Odd("E18 last", ending({**FINISH, "usage": USAGE}, DONE)),
     Odd("E18 every", [stream(*({**each, "usage": USAGE} for each in EVENTS), DONE)]),
     Odd("E18 twice", ending(FINISH, {"choices": [], "usage": {**USAGE, "completion_tokens": 2}}, USED, DONE)),
-    Odd("E19 twice", ending(FINISH, delta(finish="length"), USED, DONE)),
+    Odd("E19 twice", ending(delta(finish="length"), FINISH, USED, DONE), finish="length"),
     Odd("E19 unknown", ending(delta(finish="eos_token"), USED, DONE)),
     Odd("E19 more", [stream(delta("hel"), FINISH, delta("lo"), USED, DONE)]),
 ]
@@ -563,15 +585,15 @@ async def test_odd_answers_are_answers(world: World, row: Odd) -> None:
         assert said(outcome) == row.text
         assert attempts(outcome) == [("first", None)]
         doc = outcome.row.doc
-        assert (doc["status"], doc["finish_reason"], doc["tokens"]["source"]) == ("ok", "stop", row.source)
+        assert (doc["status"], doc["finish_reason"], doc["tokens"]["source"]) == ("ok", row.finish, row.source)
         if row.source == "provider":
             assert outcome.spent == COST
-        told = outcome.chunks[-1]["usage"]
-        assert all(type(told[name]) is int and told[name] > 0 for name in USAGE)
-        assert 0 < outcome.spent == outcome.row.cost < 10**9
-        for chunk in outcome.chunks:
-            assert (chunk["id"], chunk["model"], type(chunk["created"])) == (outcome.row.id, "first/m", int)
-        assert not any("error" in chunk for chunk in outcome.chunks)
+        usage = outcome.chunks[-1]["usage"]
+        assert all(type(usage[name]) is int and usage[name] > 0 for name in USAGE)
+        assert 0 < outcome.spent == outcome.row.cost < 10**10
+        for told in outcome.chunks:
+            assert (told["id"], told["model"], type(told["created"])) == (outcome.row.id, "first/m", int)
+            assert "error" not in told
 
 
 # Faults after the first content -----------------------------------------------------------------------------------
@@ -579,7 +601,7 @@ async def test_odd_answers_are_answers(world: World, row: Odd) -> None:
 
 @dataclass(frozen=True)
 class Broken:
-    """A stream that breaks off after `hel` was said."""
+    """How a stream goes on that has said `hel`. `code` is the error event's."""
 
     id: str
     script: Sequence[Step]
@@ -588,58 +610,35 @@ class Broken:
     short: bool = False
 
 
-BEGUN = b"".join(map(event, EVENTS[:2]))
+def flushed(data: bytes) -> bytes:
+    """The beginning of a gzip stream that can be read at once."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
+
+
+HEL = b"".join(map(event, EVENTS[:2]))
+ZIPPED = send(head(200, {**STREAM, "content-encoding": "gzip"}))
+BEGUN = stream(HEL, end=False)
+HALF = b'data: {"choices": [{"ind'
+BAD = b"data: {\n\n"
+LATE, CUT = ("upstream_timeout", "total_timeout", True), ("upstream_unavailable", "disconnected")
 BROKEN = [
-    Broken("E7", [stream(*EVENTS[:2], ERROR, delta("lo"), DONE)], "upstream_error", "error_in_200"),
-    Broken(
-        "E7 event", [stream(*EVENTS[:2], b"event: error\n" + event(ERROR["error"]))], "upstream_error", "error_in_200"
-    ),
-    Broken("E7 limit", [stream(*EVENTS[:2], LIMIT)], "rate_limit_exceeded", "rate_limit"),
-    Broken("E8", [stream(*EVENTS[:2], end=False), sleep(30)], "upstream_timeout", "gap_timeout"),
-    Broken(
-        "E9",
-        [stream(*EVENTS[:2], end=False), endless(framed(b": x\n"), 0.02)],
-        "upstream_timeout",
-        "total_timeout",
-        True,
-    ),
-    Broken(
-        "E9 bytes",
-        [stream(*EVENTS[:2], end=False), endless(framed(b"d"), 0.02)],
-        "upstream_timeout",
-        "total_timeout",
-        True,
-    ),
-    Broken("E10 RST", [stream(*EVENTS[:2], end=False), sleep(0.05), rst()], "upstream_unavailable", "disconnected"),
-    Broken("E10 FIN", [stream(*EVENTS[:2], end=False), close()], "upstream_unavailable", "disconnected"),
-    Broken(
-        "E10 chunk",
-        [stream(*EVENTS[:2], end=False), send(b"ff\r\ndata: {"), close()],
-        "upstream_unavailable",
-        "disconnected",
-    ),
-    Broken(
-        "E11", [send(head(200, CLOSING) + BEGUN + b'data: {"choi'), close()], "upstream_unavailable", "disconnected"
-    ),
-    Broken("E11 clean", [stream(*EVENTS[:2])], "upstream_unavailable", "disconnected"),
-    Broken("E14", [stream(*EVENTS[:2], b"data: {\n\n" * 4, *EVENTS[2:], DONE)], "upstream_protocol_error", "protocol"),
-    Broken("E14 last", [stream(*EVENTS[:2], b"data: {\n\n")], "upstream_protocol_error", "protocol"),
-    Broken(
-        "E15",
-        [send(head(200, STREAM) + framed(BEGUN)), endless(framed(b"x" * 65536))],
-        "upstream_protocol_error",
-        "too_large",
-    ),
-    Broken("E19 never", [stream(*EVENTS[:3], USED)], "upstream_unavailable", "disconnected"),
-    Broken(
-        "Z2",
-        [
-            send(head(200, {**STREAM, "content-encoding": "gzip"}) + framed(gzip.compress(BEGUN)[:-8] + bytes(9))),
-            close(),
-        ],
-        "upstream_protocol_error",
-        "decode",
-    ),
+    Broken("E7", [stream(HEL, ERROR, delta("lo"), DONE)], "upstream_error", "error_in_200"),
+    Broken("E7 event", [stream(HEL, b"event: error\n" + event(ERROR["error"]))], "upstream_error", "error_in_200"),
+    Broken("E7 limit", [stream(HEL, LIMIT)], "rate_limit_exceeded", "rate_limit"),
+    Broken("E8", [BEGUN, sleep(30)], "upstream_timeout", "gap_timeout"),
+    Broken("E9", [BEGUN, endless(framed(b": wait\n"), 0.02)], *LATE),
+    Broken("E9 bytes", [BEGUN, endless(framed(b"x"), 0.02)], *LATE),
+    Broken("E10 RST", [BEGUN, sleep(0.05), rst()], *CUT),
+    Broken("E10 FIN", [BEGUN, close()], *CUT),
+    Broken("E10 chunk", [BEGUN, send(b"ff\r\ndata: {"), close()], *CUT),
+    Broken("E11", [send(head(200, CLOSING) + HEL + HALF), close()], *CUT),
+    Broken("E11 clean", [stream(HEL, HALF)], *CUT),
+    Broken("E14", [stream(HEL, BAD * 4, *EVENTS[2:], DONE)], "upstream_protocol_error", "protocol"),
+    Broken("E14 last", [stream(HEL, BAD)], "upstream_protocol_error", "protocol"),
+    Broken("E15", [BEGUN, endless(framed(b"x" * 65536))], "upstream_protocol_error", "too_large"),
+    Broken("E19 never", [stream(*EVENTS[:3], USED)], *CUT),
+    Broken("Z2", [ZIPPED, chunk(flushed(HEL)), sleep(0.05), chunk(b"x" * 99)], "upstream_protocol_error", "decode"),
 ]
 
 
@@ -660,3 +659,354 @@ async def test_after_content_nobody_else_is_asked(open_world: Open, row: Broken)
     if row.id != "E19 never":
         assert doc["tokens"]["source"] == "estimated"
     assert outcome.row.cost == outcome.spent > 0
+
+
+# Connecting -------------------------------------------------------------------------------------------------------
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of the form `….test` are answered by the test: `slow.test` after a second, the others are not known."""
+    real = socket.getaddrinfo
+
+    def fake(host: Any, *rest: Any, **more: Any) -> Any:
+        if not str(host).endswith(".test"):
+            return real(host, *rest, **more)
+        if host == "slow.test":
+            time.sleep(1)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fake)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault", "answer", "tries"),
+    [
+        ("C1 refused", "connect", UNAVAILABLE, 2),
+        ("C2 unknown", "dns", UNAVAILABLE, 1),
+        ("C2 slow", "connect_timeout", TIMEOUT, 1),
+        ("C4 hole", "connect_timeout", TIMEOUT, 1),
+    ],
+)
+async def test_nobody_there(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch, row: str, fault: str, answer: tuple[int, str], tries: int
+) -> None:
+    resolving(monkeypatch)
+    with black_hole() as port:
+        world = await open_world(
+            refused=f"http://127.0.0.1:{free_port()}/v1",
+            unknown="http://unknown.test/v1",
+            slow="http://slow.test/v1",
+            hole=f"http://127.0.0.1:{port}/v1",
+        )
+        place = row.split()[1]
+        for mode in (False, True):
+            alone = await world.ask(f"{place}/{mode}", stream=mode)
+            assert isinstance(alone.error, GatewayError)
+            assert (alone.error.status, alone.error.code) == answer
+            assert attempts(alone) == [(place, fault)] * tries
+            assert (alone.row.cost, alone.row.doc["attempts"][0]["ambiguous"]) == (0, False)
+            helped = await world.ask(f"{place}/{mode}", "second/m", stream=mode)
+            assert (said(helped), helped.row.doc["provider"]) == ("hi", "second")
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "certificate"),
+    [
+        ("C3 self-signed", {"trusted": False}),
+        ("C3 wrong name", {"name": "elsewhere.test"}),
+        ("C3 expired", {"days": -1}),
+        ("C3 no TLS", None),
+    ],
+)
+async def test_nobody_to_trust(
+    open_world: Open, authority: Authority, caplog: pytest.LogCaptureFixture, row: str, certificate: Any
+) -> None:
+    tls = None if certificate is None else authority.server(**certificate)
+    async with Upstream(SECRET, tls=tls) as stranger:
+        world = await open_world({**BUDGETS, "CONNECT_TIMEOUT": "3"}, strange=f"https://{stranger.host}/v1")
+        if tls is None:
+            stranger.greet(send(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+            stranger.greet(send(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+        world.ours._context = authority.trusting()
+        with caplog.at_level("ERROR"):
+            alone = await world.ask("strange/m")
+        assert isinstance(alone.error, GatewayError)
+        assert (alone.error.status, alone.error.code) == UNAVAILABLE
+        assert attempts(alone) == [("strange", "tls")]
+        assert "certificate" not in str(alone.error.body()).lower()
+        assert [record.message for record in caplog.records] == ["upstream.alarm"]
+        helped = await world.ask("strange/m", "second/m", stream=True)
+        assert (said(helped), helped.row.doc["provider"]) == ("hi", "second")
+        assert stranger.seen == []
+
+
+async def test_a_server_that_can_be_trusted(open_world: Open, authority: Authority) -> None:
+    """C10: though it offers HTTP/2, it is spoken to in HTTP/1.1, so that there are no GOAWAYs."""
+    async with Upstream(SECRET, tls=authority.server()) as safe:
+        world = await open_world({**BUDGETS, "CONNECT_TIMEOUT": "3"}, safe=safe.url)
+        world.ours._context = authority.trusting()
+        for mode in (False, True, False):
+            assert said(await world.ask("safe/m", stream=mode)) == "hi"
+        assert {seen.connection for seen in safe.seen} == {1}
+        safe.next(sleep(0.05), rst())
+        assert attempts(await world.ask("safe/m"))[-1] == ("safe", None)
+        await world.ours.close()
+
+
+@pytest.mark.parametrize("death", [[close()], [rst()], [sleep(0.05), close()]], ids=["C7 FIN", "C7 RST", "C7 late"])
+@pytest.mark.parametrize("mode", [False, True], ids=["whole", "stream"])
+async def test_a_kept_connection_that_died_is_nobodys_failure(world: World, death: list[Step], mode: bool) -> None:
+    world.first.next(echo())
+    world.first.next(*death)
+    assert said(await world.ask(stream=mode)) == "hi"
+    again = await world.ask(stream=mode)
+    assert (said(again), attempts(again)) == ("hi", [("first", None)])
+    assert [seen.connection for seen in world.first.seen] == [1, 1, 2]
+    assert again.row.doc["attempts"][0]["retried_stale"]
+    assert again.row.cost == again.spent > 0
+
+
+async def test_a_new_connection_that_dies_is_a_failure(world: World) -> None:
+    """C7: the second try is the last one, and only what came without a byte of answer is tried again."""
+    world.first.next(echo())
+    world.first.always("dead", close())
+    world.first.always("late", send(b"H"), close())
+    await world.ask()
+    dead = await world.ask("first/dead")
+    assert attempts(dead) == [("first", "closed_before_headers")]
+    await world.ask()
+    late = await world.ask("first/late")
+    assert attempts(late) == [("first", "protocol")]
+    assert [seen.connection for seen in world.first.seen] == [1, 1, 2, 3, 3]
+
+
+async def test_after_one_dead_connection_the_other_idle_ones_are_not_tried(world: World) -> None:
+    """C7: a server that was started anew has forgotten them all."""
+    world.first.always("slow", sleep(0.1), echo())
+    await asyncio.gather(*(world.ask("first/slow") for _ in range(3)))
+    world.first.next(close())
+    assert said(await world.ask()) == "hi"
+    assert [seen.connection for seen in world.first.seen][3:] == [1, 4]
+    assert world.first.connections == 4
+
+
+async def test_an_idle_connection_that_was_closed_is_not_used(world: World) -> None:
+    """C8."""
+    world.first.next(echo(), close())
+    assert said(await world.ask()) == "hi"
+    await asyncio.sleep(0.05)
+    again = await world.ask()
+    assert (said(again), attempts(again)) == ("hi", [("first", None)])
+    assert [seen.connection for seen in world.first.seen] == [1, 2]
+
+
+async def test_a_connection_that_idled_while_the_clocks_stood_still_is_not_used(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C9: a sleeping laptop's monotonic clock does not go on; its wall clock does."""
+    assert said(await world.ask()) == "hi"
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 360)
+    assert said(await world.ask()) == "hi"
+    assert [seen.connection for seen in world.first.seen] == [1, 2]
+
+
+async def test_one_provider_that_holds_all_its_connections_does_not_hold_up_the_next(open_world: Open) -> None:
+    """C11."""
+    world = await open_world(max_connections=1)
+    enough = asyncio.Event()
+
+    async def talk(exchange: fake.Exchange) -> None:
+        while not enough.is_set():
+            await chunk(event(delta("on ")))(exchange)
+            await asyncio.sleep(0.02)
+
+    world.first.always("slow", BEGUN, talk, chunk(event(FINISH), b""))
+    slow = asyncio.ensure_future(world.ask("first/slow", stream=True))
+    await until(lambda: bool(world.first.seen))
+    alone = await world.ask()
+    assert isinstance(alone.error, GatewayError)
+    assert (alone.error.status, alone.error.code, alone.error.headers["retry-after"]) == (*BUSY, "1")
+    assert attempts(alone) == [("first", "pool_timeout")]
+    assert (alone.row.cost, alone.row.doc["attempts"][0]["ambiguous"]) == (0, False)
+    helped = await world.ask("first/m", "second/m")
+    assert attempts(helped) == [("first", "pool_timeout"), ("second", None)]
+    enough.set()
+    assert (await slow).error is None
+
+
+async def test_a_cold_model_may_take_its_time(open_world: Open) -> None:
+    """H7: as long as its row says."""
+    async with Upstream(SECRET) as cold:
+        world = await open_world(cold={"base_url": cold.url, "first_content_timeout": 3})
+        cold.next(sleep(0.8), echo())
+        assert said(await world.ask("cold/m", stream=True)) == "hi"
+        await world.ours.close()
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["whole", "stream"])
+async def test_a_late_answer_is_fetched_where_the_provider_says_it_will_be(open_world: Open, mode: bool) -> None:
+    """H6: five times at most, at the same host only, and only of a provider whose row says so."""
+    async with Upstream(SECRET) as late:
+        world = await open_world(late={"base_url": late.url, "answers_elsewhere": True})
+        onward = raw(b"", 303, location="/v1/chat/completions?result=fc-1")
+        late.next(onward)
+        late.next(onward)
+        late.next(sse(HELLO) if mode else answer(200, body()))
+        outcome = await world.ask("late/m", stream=mode)
+        assert (said(outcome), attempts(outcome)) == ("hello", [("late", None)])
+        assert [(seen.method, seen.path) for seen in late.seen[1:]] == [("GET", "/v1/chat/completions?result=fc-1")] * 2
+        assert late.seen[2].headers["authorization"] == f"Bearer {SECRET}"
+        for script in ([onward] * 6, [raw(b"", 303, location=f"{world.second.url}/x")], [raw(b"", 307, location="/x")]):
+            late.forget()
+            for step in script:
+                late.next(step)
+            assert attempts(await world.ask("late/m", stream=mode)) == [("late", "redirect")]
+            assert len(late.seen) == len(script)
+        assert world.second.seen == []
+        await world.ours.close()
+
+
+# Cuts, sequences and the end of time ------------------------------------------------------------------------------
+
+
+def pieces(world: World, model: str, mode: bool, notes: Notes | None = None) -> Any:
+    """What `upstream` makes of an answer, without the gateway around it."""
+    asked = {"model": f"first/{model}", "messages": [{"role": "user", "content": "hi"}], "stream": mode}
+    call, to = parse("chat", fake.dumped(asked)), world.kit.catalog.resolve(f"first/{model}").deployments[0]
+    deadline = asyncio.get_running_loop().time() + 10
+    ask = world.ours.stream if mode else world.ours.complete
+    return ask(call, to, world.ours.prepare(call, to), deadline, notes)
+
+
+async def streamed(world: World, model: str, notes: Notes | None = None) -> str:
+    text = ""
+    async with aclosing(pieces(world, model, mode=True, notes=notes)) as batches:
+        async for batch in batches:
+            for chunk, _ in batch:
+                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    return text
+
+
+async def test_what_went_wrong_on_the_way_is_noted(world: World) -> None:
+    """C7, E14: though the caller does not notice."""
+    world.first.next(echo())
+    world.first.next(close())
+    await world.ask()
+    stale = Notes()
+    await pieces(world, "m", mode=False, notes=stale)
+    assert stale == Notes(retried_stale=True, bad_events=0)
+    world.first.next(stream(ROLE, BAD * 2, *EVENTS[1:3], BAD, *EVENTS[3:], DONE))
+    bad = Notes()
+    assert await streamed(world, "m", bad) == "hello"
+    assert bad == Notes(retried_stale=False, bad_events=3)
+
+
+SHORTEST = b"".join(event(delta(text, finish)) for text, finish in (("h✓", None), ("l😀", None), (None, "stop"))) + DONE
+CUTS = {
+    "E1 CRLF": SHORTEST.replace(b"\n", b"\r\n"),
+    "E1 CR": SHORTEST.replace(b"\n", b"\r"),
+    "E2": SHORTEST,
+    "E3": SHORTEST.replace(b'"delta":', b'"delta":\ndata:').replace(b"data: ", b"data:"),
+    "E13": SHORTEST + DONE + event(delta("no")),
+}
+
+
+@pytest.mark.parametrize("row", CUTS)
+async def test_cut_in_two_segments_at_every_byte(world: World, row: str) -> None:
+    data = CUTS[row]
+    for cut in range(1, len(data)):
+        world.first.always(f"cut-{cut}", send(head(200, CLOSING)), apart(data[:cut], data[cut:]), close())
+    for start in range(1, len(data), 20):
+        models = [f"cut-{cut}" for cut in range(start, min(start + 20, len(data)))]
+        assert set(await asyncio.gather(*(streamed(world, model) for model in models))) == {"h✓l😀"}
+
+
+async def test_one_byte_a_segment(world: World) -> None:
+    """E2."""
+    world.first.always("m", send(head(200, CLOSING)), apart(*(bytes([byte]) for byte in SHORTEST)), close())
+    assert await streamed(world, "m") == "h✓l😀"
+
+
+async def test_all_busy_in_different_ways_is_503(world: World) -> None:
+    """S8: 429 is for when all say so."""
+    world.first.always("m", *limited(retry_after="7"))
+    world.second.always("m", *limited(retry_after="3"))
+    both = await world.ask("first/m", "second/m")
+    assert isinstance(both.error, GatewayError)
+    assert (both.error.status, both.error.headers["retry-after"]) == (429, "3")
+    world.second.always("n", *refused(500))
+    mixed = await world.ask("again/m", "spare/n")
+    assert isinstance(mixed.error, GatewayError)
+    assert (mixed.error.status, mixed.error.code) == BUSY
+
+
+async def test_one_answer_after_three_faults(open_world: Open) -> None:
+    """X1: nobody there, then silence, then a stream that breaks off: one clear end, one row, one settlement."""
+    world = await open_world(refused=f"http://127.0.0.1:{free_port()}/v1")
+    world.first.always("m", sleep(30))
+    world.second.always("m", stream(HEL, ERROR))
+    outcome = await world.ask("refused/m", "first/m", "second/m", stream=True)
+    assert (outcome.text, outcome.chunks[-1]["error"]["code"]) == ("hel", "upstream_error")
+    assert attempts(outcome) == [
+        ("refused", "connect"),
+        ("first", "first_content_timeout"),
+        ("second", "error_in_200"),
+    ]
+    assert [each["ambiguous"] for each in outcome.row.doc["attempts"]] == [False, True, False]
+    assert outcome.key.requests == 1
+    assert outcome.row.cost == outcome.spent > 0
+
+
+async def test_a_fault_then_another_then_none(world: World) -> None:
+    """Switches in sequence: each request meets the next one."""
+    for script in ([close()], [sse(HELLO)], [stream(HEL), close()], [answer(200, body())]):
+        world.first.next(*script)
+    told = [await world.ask(stream=mode) for mode in (False, True, True, False)]
+    assert [said(outcome) for outcome in told] == ["", "hello", "hel", "hello"]
+    assert [outcome.row.doc["status"] for outcome in told] == ["failed", "ok", "failed", "ok"]
+
+
+async def test_the_platforms_deadline_ends_a_stream_before_the_platform_does(world: World) -> None:
+    """X3."""
+    world.first.always("m", BEGUN, endless(framed(event(delta("lo"))), 0.02))
+    exchange = await world.kit.admit(world.key, {**ASK, "stream": True})
+    exchange.deadline = asyncio.get_running_loop().time() + 0.3
+    chunks = [chunk async for batch in world.kit.gateway.stream(exchange) for chunk in batch]
+    assert chunks[-1]["error"]["code"] == "upstream_timeout"
+    row = await world.kit.gateway.close(exchange)
+    assert (row["status"], row["attempts"][0]["error"]) == ("failed", "total_timeout")
+    assert row["cost"]["total_cost"] > 0
+    world.settled += round(row["cost"]["total_cost"] * 10**9)
+
+
+ASK = {"model": "first/m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def peak() -> int:
+    """The most memory that this process ever had, in bytes, since `start_anew`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell peaks of memory")
+@pytest.mark.parametrize("mode", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("row", ["Z3", "Z3 twice", "B1"])
+async def test_a_bomb_does_not_fill_the_memory(world: World, row: str, mode: bool) -> None:
+    script = {
+        "Z3": [raw(bomb(), content_encoding="gzip")],
+        "Z3 twice": [raw(gzip.compress(bomb()), content_encoding="gzip, gzip")],
+        "B1": [send(head(200, {"content-length": 10**9}) + b"{"), endless(b" " * 65536)],
+    }[row]
+    world.first.always("m", *script)
+    await world.ask("second/m")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    outcome = await world.ask(stream=mode)
+    assert attempts(outcome) == [("first", "too_large")]
+    assert peak() - before < 64 * 2**20

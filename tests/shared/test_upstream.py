@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from shared.store.base import VirtualKey
 from shared.store.sqlite import SQLiteStore
 from shared.upstream import Upstream as OurSide
 from tests import upstream as fake
+from tests.faults import Authority
 from tests.kit import Kit, whole
 from tests.upstream import Upstream
 
@@ -118,3 +120,59 @@ async def test_nobody_listening_is_unavailable(tmp_path: Path) -> None:
     assert (outcome.error.status, outcome.error.code) == (502, "upstream_unavailable")
     await kit.gateway._upstream.close()
     await store.close()
+
+
+class Proxy:
+    """Sends requests on, and opens tunnels; `seen` are the request lines."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    async def __aenter__(self) -> Proxy:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        await self.server.wait_closed()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        method, target = head.decode().split(" ")[:2]
+        self.seen.append(f"{method} {target}")
+        host = target.removeprefix("http://").partition("/")[0]
+        there, beyond = await asyncio.open_connection(*host.split(":"))
+        if method == "CONNECT":
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            beyond.write(head.replace(b"http://" + host.encode(), b""))
+        await asyncio.gather(pipe(reader, beyond, f"http://{host}".encode()), pipe(there, writer))
+
+
+async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, without: bytes | None = None) -> None:
+    with suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data.replace(without, b"") if without else data)
+            await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["http", "https"])
+async def test_providers_are_reached_through_a_proxy(tmp_path: Path, safe: bool) -> None:
+    authority = Authority(tmp_path) if safe else None
+    async with Upstream(tls=authority.server() if authority else None) as provider, Proxy() as proxy:
+        store = SQLiteStore(str(tmp_path / "test.db"))
+        environ = {"OPENAI_API_KEY": "sk-test", "OPENAI_BASE_URL": provider.url, "PROXY_URL": proxy.url}
+        kit = Kit(store, lambda _: whole({}), environ)
+        ours = kit.gateway._upstream = OurSide(kit.services.settings)
+        if authority:
+            ours._context = authority.trusting()
+        key = (await kit.keys.create(VirtualKey("", "", "test")))[1]
+        for stream in (False, True):
+            assert (await kit.ask(key, ask(stream=stream))).error is None
+        target = f"CONNECT {provider.host}" if safe else f"POST http://{provider.host}/v1/chat/completions"
+        assert proxy.seen == [target]
+        assert {seen.connection for seen in provider.seen} == {1}
+        await ours.close()
+        await store.close()
