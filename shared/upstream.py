@@ -235,6 +235,11 @@ def without(secret: str, text: str) -> str:
     return text.replace(secret[:told], REDACTED) if told else text
 
 
+def _keyless(to: Deployment, text: str) -> str:
+    key = to.provider.api_key
+    return text if key is None else without(key.get_secret_value(), text)
+
+
 class Timer:
     """Cancels its block, as ProviderError, once nothing came for as long as was to be waited, or at the deadline.
 
@@ -404,7 +409,8 @@ async def _check(response: httpx.Response, to: Deployment) -> None:
     elif status < 300:
         raise ProviderError("empty", f"The provider answered with status {status}.", status=status, ambiguous=True)
     elif status < 400:
-        logger.error("upstream.redirect", extra={"deployment": to.id, "host": _host(response.headers.get("location"))})
+        host = _keyless(to, _host(response.headers.get("location")))
+        logger.error("upstream.redirect", extra={"deployment": to.id, "host": host})
         message = "The provider answered with a redirect, which is never followed."
         raise ProviderError("redirect", message, status=status)
     else:
@@ -412,10 +418,10 @@ async def _check(response: httpx.Response, to: Deployment) -> None:
         raise dialect_of(to).failure(status, response.headers, content)
 
 
-def _host(location: str | None) -> str | None:
+def _host(location: str | None) -> str:
     """Where a redirect leads, without whatever else its URL says."""
     found = re.match(r"(?:[a-zA-Z][\w+.-]*:)?//(?:[^/?#]*@)?([^/?#]{1,255})", location or "")
-    return found and found[1]
+    return found[1] if found else ""
 
 
 def _content_type(response: httpx.Response) -> str:
@@ -518,11 +524,10 @@ async def _faults(to: Deployment) -> AsyncGenerator[None]:
         yield
     except (ProviderError, sse.TooLong, httpx.HTTPError, httpx.StreamError) as error:
         fault = error if isinstance(error, ProviderError) else _fault(error)
-        if (key := to.provider.api_key) is not None:
-            fault.message = without(key.get_secret_value(), fault.message)
-            fault.param = fault.param and without(key.get_secret_value(), fault.param)
+        fault.message = _keyless(to, fault.message)
+        fault.param = fault.param and _keyless(to, fault.param)
         if fault.fault in ALARMING:
-            reason = str(error.__cause__ or fault.message)
+            reason = _keyless(to, str(error.__cause__ or fault.message))
             logger.error("upstream.alarm", extra={"deployment": to.id, "fault": fault.fault, "reason": reason})
         if fault is error:
             raise

@@ -159,7 +159,7 @@ async def test_sums_older_than_any_row_are_still_told(door: Door) -> None:
 
 async def test_a_failure_counts_as_a_request_without_cost(door: Door, provider: Upstream) -> None:
     made = await door.make(name="unlucky")
-    provider.next(answer(500, error("no")))
+    provider.always("gpt-4o-mini", answer(500, error("no")))
     assert (await door.chat(made["key"])).status_code == 502
     total = (await usage(door, key=made["id"]))["total"]
     assert (total["requests"], total["cost_usd"]) == (1, 0)
@@ -305,14 +305,14 @@ async def test_a_record_is_asked_for_by_one_id(door: Door, query: str) -> None:
 
 async def test_a_failure_has_its_record(door: Door, provider: Upstream) -> None:
     made = await door.make()
-    provider.next(answer(503, error("come back later")))
+    provider.always("gpt-4o-mini", answer(503, error("come back later")))
     answered = await door.chat(made["key"])
     assert answered.status_code == 503
     told = await record(door, answered.headers["x-request-id"], made["key"])
     looks_like_the_seed(told)
     assert (told["status"], told["provider_health"], told["finish_reason"]) == ("failed", "unhealthy", None)
     assert told["error"] == {"code": "overloaded", "message": "come back later"}
-    assert [(each["error"], each["status"]) for each in told["attempts"]] == [("overloaded", 503)]
+    assert [(each["error"], each["status"]) for each in told["attempts"]] == [("overloaded", 503)] * 2
     assert told["cost"]["total_cost"] == 0
 
 
