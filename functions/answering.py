@@ -15,7 +15,7 @@ from functions.responses import Events, EventStream, JSONBytes, Listener, answer
 from shared.errors import GatewayError, InvalidRequest, NoProvider, NotFound
 from shared.exchange import Exchange
 from shared.gateway import Gateway, Plan, Reading
-from shared.idempotency import Replay
+from shared.idempotency import InProgress, Replay, Ticket
 from shared.keys import Credential
 from shared.schema import JSON, Surface, parse
 
@@ -23,7 +23,7 @@ from shared.schema import JSON, Surface, parse
 async def answer(surface: Surface, request: Request, caller: Credential, services: Services) -> Response:
     """Answer one model call in OpenAI's shape; raises GatewayError for whatever refuses it."""
     asked = Asked(request, caller, services, await body(request, services.settings))
-    plan = await asked.checked(lambda raw: services.gateway.plan(parse(surface, raw)))
+    plan = await asked.checked(lambda raw: services.gateway.plan(parse(surface, raw), key_id=caller.key_id))
     return await asked.answered(plan)
 
 
@@ -55,14 +55,10 @@ class Asked:
         """Whole or streamed, as the call says; `events` and `shape` are other dialects than OpenAI's."""
         services, told = self.services, self.request.state.told
         request_id: str = told["id"].removeprefix("gen-")
-        ticket = None
-        if (given := self.request.headers.get("idempotency-key")) is not None:
-            seconds = services.settings.total_timeout + LAST_WORDS
-            path = self.request.url.path
-            begun = await services.idempotency.begin(given, self.caller, path, self.raw, request_id, seconds)
-            if isinstance(begun, Replay):
-                return await self._replayed(begun)
-            ticket = begun
+        ticket = await self._begun(request_id)
+        if isinstance(ticket, Replay):
+            told["id"] = f"gen-{ticket.request_id}"
+            return Response(ticket.body, ticket.status, {**ticket.headers, "idempotent-replayed": "true"})
         try:
             exchange = await services.gateway.admit(plan, self.caller, request_id, context)
         except BaseException:
@@ -76,11 +72,21 @@ class Asked:
             return EventStream(services.gateway, exchange, events)
         return await whole(self.request, services.gateway, exchange, shape)
 
-    async def _replayed(self, first: Replay) -> Response:
-        """The same answer once more, to a key that is still good."""
-        await self.services.keys.identify(self.caller)
-        self.request.state.told["id"] = f"gen-{first.request_id}"
-        return Response(first.body, first.status, {**first.headers, "idempotent-replayed": "true"})
+    async def _begun(self, request_id: str) -> Ticket | Replay | None:
+        """With an `Idempotency-Key`: to be the first, or the first one's answer; a bad key is told 401 before that."""
+        services, request = self.services, self.request
+        if not (given := request.headers.getlist("idempotency-key")):
+            return None
+        seconds = services.settings.total_timeout + LAST_WORDS
+        asked = (request.url.path, self.raw, request_id, seconds)
+        try:
+            begun = await services.idempotency.begin(", ".join(given), self.caller, *asked)
+        except (InvalidRequest, InProgress):
+            await services.keys.identify(self.caller)
+            raise
+        if isinstance(begun, Replay):
+            await services.keys.identify(self.caller)
+        return begun
 
 
 LAST_WORDS = 60.0

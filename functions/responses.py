@@ -109,16 +109,19 @@ class Chunks:
 
 
 class EventStream(Response):
-    """A model's answer as it comes. Status and headers wait for the first content, `HOLD` seconds at most.
+    """A model's answer as it comes. Status and headers wait for the first content, `hold` seconds at most.
 
     An answer that is kept for whoever asks again is made to its end, whether or not the caller stays."""
 
-    def __init__(self, gateway: Gateway, exchange: Exchange, events: Events | None = None) -> None:
+    def __init__(
+        self, gateway: Gateway, exchange: Exchange, events: Events | None = None, *, hold: float = HOLD
+    ) -> None:
         self.background = None
         self.raw_headers = []
         self._gateway = gateway
         self._exchange = exchange
         self._events = events or Chunks()
+        self._hold = hold
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,22 +160,23 @@ class EventStream(Response):
         await self._end()
 
     async def _fail(self, error: GatewayError) -> None:
-        """With its own status where that is still free, else as the last event."""
+        """With its own status where that is still free, else as the last event; after the last one, not at all."""
         exchange = self._exchange
-        events = self._events.failure(error, exchange, begun=self._begun)
-        if events is None:
-            error.headers = {**answer_headers(exchange), **error.headers}
-            raise error
-        await self._write(events)
+        if not (exchange.answer and exchange.answer.ended):
+            events = self._events.failure(error, exchange, begun=self._begun)
+            if events is None:
+                error.headers = {**answer_headers(exchange), **error.headers}
+                raise error
+            await self._write(events)
         await self._end()
 
     async def _beat(self) -> None:
         """Comments keep a silent stream alive; the first one commits to status 200."""
         loop = asyncio.get_running_loop()
         while True:
-            silent_until = self._spoke + HOLD
+            silent_until = self._spoke + self._hold
             await asyncio.sleep(max(0.0, silent_until - loop.time()))
-            if self._spoke + HOLD <= loop.time():
+            if self._spoke + self._hold <= loop.time():
                 self._exchange.committed = True
                 await self._write(sse.COMMENT)
 

@@ -77,11 +77,12 @@ def refused(error: GatewayError) -> bytes:
 
 def class_of(error: GatewayError, exchange: Exchange) -> str:
     """What the page may do about it."""
-    last = exchange.last_error
+    last, asked = exchange.last_error, {attempt.to.id for attempt in exchange.attempts}
     if isinstance(error, InvalidRequest):
         return "client"
+    if last and last.falls_back and len(asked) > 1 and not (exchange.answer and exchange.answer.started):
+        return "provider_switch"  # one after the other, and nobody is left
     if last and last.fault in TIMEOUTS:
         return TIMEOUTS[last.fault]
-    if len(exchange.attempts) > 1 and not (exchange.answer and exchange.answer.started):
-        return "provider_switch"
-    return "non_retryable" if isinstance(error, UpstreamAuthError) or error.status < 500 else "retryable"
+    again = error.status >= 500 or isinstance(error, RateLimited)
+    return "retryable" if again and not isinstance(error, UpstreamAuthError) else "non_retryable"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import orjson
+
 from shared.assembly import assembled
 from shared.cache import Kept
 from shared.errors import GatewayError
@@ -15,6 +17,9 @@ from shared.tokens import Meter
 
 OF_THE_ANSWER = frozenset({"id", "object", "created", "model", "usage", "lightrail"})
 """Fields of a body that say which answer it is, not what it says."""
+BESIDE = OF_THE_ANSWER | {"choices"}
+REMEMBERED = 4 * 1024 * 1024
+"""Bytes of a stream that are remembered: more than any store takes, and no provider fills the memory."""
 TEXTS = ("content", "reasoning_content", "refusal")
 STOP = ("stop", None)
 
@@ -33,7 +38,9 @@ class Answer:
         self.length = 0
         self.started = False
         self.ended = False
-        self._said: list[JSON] | None = [] if exchange.remembers else None
+        self._said: list[bytes] | None = [] if exchange.remembers else None
+        self._remembered = 0
+        self._beside: JSON = {}
         self._body: JSON | None = None
         self._tells_usage = exchange.call.include_usage
         self._due = exchange.call.choices
@@ -75,10 +82,10 @@ class Answer:
             self.usage = usage or self.usage
             if choices := [choice for choice in body.get("choices", ()) if self._note(choice)]:
                 body.pop("usage", None)
-                body |= self._head
                 body["choices"] = choices
                 if self._said is not None:
-                    self._said.append({"choices": choices})
+                    self._remember(body, self._said)
+                body |= self._head
                 if self._tells_usage:
                     body["usage"] = None
                 chunks.append(body)
@@ -86,6 +93,15 @@ class Answer:
             self.started = True
             self._exchange.first_content = now()
         return chunks
+
+    def _remember(self, chunk: JSON, said: list[bytes]) -> None:
+        """As bytes, a sixth of the objects' size; what stands beside the choices only where it is new."""
+        beside = {name: value for name, value in chunk.items() if name not in BESIDE}
+        data = orjson.dumps({**({} if beside == self._beside else beside), "choices": chunk["choices"]})
+        self._beside = beside
+        self._remembered += len(data)
+        if self._remembered <= REMEMBERED:
+            said.append(data)
 
     def _note(self, choice: JSON) -> bool:
         """Count a streamed choice, keep its finish reason back; False when nothing is left to show."""
@@ -149,27 +165,26 @@ class Answer:
         return chunks
 
     @property
-    def message(self) -> JSON:
-        """What was said until now, in the first choice; needs `exchange.remembers`."""
-        body = self._body or assembled(self._said or ())
-        choices: list[JSON] = body.get("choices") or [{}]
-        return choices[0].get("message") or {}
+    def messages(self) -> list[JSON]:
+        """What was said until now, by choice; needs `exchange.remembers`."""
+        body = self._body or assembled(map(orjson.loads, self._said or ()))
+        return [choice.get("message") or {} for choice in body.get("choices", ())]
 
     def kept(self) -> Kept | None:
-        """What the cache may keep of a whole answer: nothing that this key's money cut short."""
+        """What the cache may keep of a whole answer: nothing that is too long, or that this key's money cut short."""
         exchange = self._exchange
-        if exchange.call.max_tokens is None and exchange.key.has_money_limit and self.finish_reason == "length":
+        cut = any(reason == "length" for reason, _ in self._finish.values())
+        if self._remembered > REMEMBERED or (cut and exchange.key.has_money_limit and not exchange.call.max_tokens):
             return None
-        provider, model = exchange.answered_by
-        usage = replace(exchange.usage, cost=None)
+        kept = Kept(*exchange.answered_by, replace(exchange.usage, cost=None), exchange.dropped)
         if self._body is not None:
             body = {name: value for name, value in self._body.items() if name not in OF_THE_ANSWER}
-            return Kept(provider, model, usage, body=body)
+            return replace(kept, body=body)
         finish = [
             {"index": index, **self._empty, "finish_reason": reason}
             for index, (reason, _) in sorted(self._finish.items())
         ]
-        return Kept(provider, model, usage, chunks=[*(self._said or ()), {"choices": finish}])
+        return replace(kept, chunks=[*map(orjson.loads, self._said or ()), {"choices": finish}])
 
     def error(self, error: GatewayError) -> JSON:
         """The error event that ends a stream instead."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,9 @@ from shared.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One model at one provider. `price` is None where nobody knows it; `declared`: the deployer listed what it can."""
+    """One model at one provider. `price` is None where nobody knows it; `declared`: the deployer listed what it can.
+
+    `shadowed`: the model's bare name is an alias, and means something else."""
 
     provider: Provider
     model: str
@@ -26,6 +28,7 @@ class Deployment:
     max_output: int | None = None
     capabilities: tuple[str, ...] = ()
     declared: bool = False
+    shadowed: bool = False
     weight: int = 1
     priority: int = 0
     enabled: bool = True
@@ -83,14 +86,7 @@ class Listing(NamedTuple):
 class Catalog:
     """Everything is looked up in dicts made once; nothing here does I/O but `load`."""
 
-    def __init__(
-        self,
-        providers: Iterable[Provider],
-        prices: PriceTable,
-        file: GatewayFile | None = None,
-        members: Sequence[str] = (),
-    ) -> None:
-        """`members`: who takes turns in `/rr-chat/stream`, as `provider/model`; else all defaults do."""
+    def __init__(self, providers: Iterable[Provider], prices: PriceTable, file: GatewayFile | None = None) -> None:
         self.file = file = file or GatewayFile()
         self.providers = {row.name: row for row in sorted(providers, key=lambda row: row.priority)}
         self._on = tuple(row for row in self.providers.values() if not row.missing)
@@ -102,7 +98,7 @@ class Catalog:
         for section, keys in (("prices", own), ("models", file.models)):
             for key in keys:
                 self._split(key, f"{section}.{key}")
-        self._members = members
+        self._members: list[tuple[str, str]] = []
         self._aliases = {name: self._entries(name, entries) for name, entries in file.aliases.items()}
         self._serving = self._index()
         self._routes: dict[str, Route] = {}  # aliases and listed names only, so that callers cannot make it grow
@@ -116,7 +112,10 @@ class Catalog:
         rows, file = config.read(path)
         rows = [config.with_account(row, settings, on=row.name in also) for row in rows]
         with config.in_file(path):
-            return cls(rows, prices, file, settings.round_robin_members)
+            catalog = cls(rows, prices, file)
+        named = (member.partition("/") for member in settings.round_robin_members)
+        catalog._members = [catalog._split(f"{name.lower()}/{model}", "ROUND_ROBIN") for name, _, model in named]
+        return catalog
 
     def on(self) -> tuple[Provider, ...]:
         """The providers that can be asked, by priority."""
@@ -164,20 +163,21 @@ class Catalog:
         return self._routes.get(name)
 
     def is_route(self, name: str) -> bool:
-        """Whether the name is one of a set that callers cannot make grow."""
-        return name in self._aliases or name in AUTO
+        """Whether several may answer, and the name is one of a set that callers cannot make grow."""
+        return name in self._aliases or name in AUTO or len(self._serving.get(name, ())) > 1
 
     def defaults(self) -> tuple[Deployment, ...]:
         """The default model of each provider that is on, by priority of the providers."""
         return tuple(_placed(self.deployment(row, row.default_model)) for row in self._on if row.default_model)
 
     def taking_turns(self) -> Route:
-        """Who answers `/rr-chat/stream`, each in turn; raises NoProvider, or ModelNotFound for a wrong member."""
+        """Who answers `/rr-chat/stream`, each in turn: the members that are on; raises NoProvider where none is."""
         if not self._members:
             return replace(self.resolve("auto:round-robin"), deployments=self.defaults() or self._everything())
-        return Route(
-            "auto:round-robin", tuple(self.resolve(name).deployments[0] for name in self._members), "round_robin"
-        )
+        rows = [(self.providers[name], model) for name, model in self._members]
+        if not (on := tuple(self.deployment(row, model) for row, model in rows if not row.missing)):
+            raise NoProvider(f"No member of ROUND_ROBIN is on: {self.why_off(rows[0][0].name)}.")
+        return Route("auto:round-robin", on, "round_robin")
 
     def listing(self, name: str) -> Listing:
         """One name that can be asked for, listed or not; an alias also while it is off. Raises as `resolve`."""
@@ -276,6 +276,7 @@ class Catalog:
             max_output=facts.max_output or row.most_output(model),
             capabilities=facts.capabilities or _capabilities(row, model),
             declared=bool(facts.capabilities),
+            shadowed=model in self._aliases or model in AUTO,
             priority=facts.priority,
             enabled=facts.enabled,
         )

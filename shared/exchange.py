@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shared import generations
 from shared.cache import Kept, Lookup
 from shared.catalog import Deployment
 from shared.errors import GatewayError, ProviderError
+from shared.health import blames_account
 from shared.idempotency import Ticket
 from shared.limits import GRACE
 from shared.prices import Cost
 from shared.providers.dialect import Outgoing
-from shared.router import Order, Removal
+from shared.router import MOST_TOLD, Order, Removal
 from shared.schema import JSON, Call, Usage
 from shared.store.base import Generation, Hold, VirtualKey
 from shared.tokens import Prompt
+from shared.upstream import Notes
 
 if TYPE_CHECKING:
     from shared.answer import Answer
@@ -41,6 +43,7 @@ class Attempt:
     began: float = field(default_factory=now)
     seconds: float = 0.0
     error: ProviderError | None = None
+    notes: Notes = field(default_factory=Notes)
 
     def end(self, error: ProviderError | None = None) -> None:
         self.seconds, self.error = now() - self.began, error
@@ -54,6 +57,7 @@ class Attempt:
             "status": error.status if error else 200,
             "ambiguous": bool(error and error.ambiguous),
             "latency_ms": round(self.seconds * 1000, 1),
+            **{name: value for name, value in asdict(self.notes).items() if value},
         }
 
 
@@ -77,9 +81,6 @@ class Routing(NamedTuple):
                 for each in self.removed[:MOST_TOLD]
             ],
         }
-
-
-MOST_TOLD = 20
 
 
 class Exchange:
@@ -157,7 +158,7 @@ class Exchange:
 
     @property
     def keeps_history(self) -> bool:
-        return bool(self.call.body.get("session_id") and self.call.body.get("store"))
+        return self.call.keeps_history
 
     @property
     def answered_by(self) -> tuple[str, str]:
@@ -169,6 +170,16 @@ class Exchange:
     def deployment(self) -> Deployment:
         """Who answers, or was asked last, or would have been asked first."""
         return self.attempts[-1].to if self.attempts else self.candidates[0]
+
+    @property
+    def refusing(self) -> set[str]:
+        """The providers that refused our account, and would again."""
+        return {each.to.provider.name for each in self.attempts if each.error and blames_account(each.error)}
+
+    @property
+    def notes(self) -> Notes:
+        """What the attempt that is running notes on its way."""
+        return self.attempts[-1].notes
 
     @property
     def last_error(self) -> ProviderError | None:
@@ -229,6 +240,8 @@ class Exchange:
 
     def _find_usage(self) -> Usage:
         answer, call = self.answer, self.call
+        if self.kept:
+            return self.kept.usage
         made = answer.meter.tokens if answer and answer.started else 0
         reported = answer.usage if answer else None
         if reported and made <= 2 * reported.output + 50 and reported.output <= MAX_OUTPUT * max(1, call.generated):

@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from shared import history
 from shared.answer import Answer
-from shared.cache import Cache, Kept
+from shared.cache import Cache, Kept, Lookup
 from shared.catalog import Catalog, Deployment, Route, Strategy
 from shared.errors import (
     Forbidden,
@@ -21,16 +21,16 @@ from shared.errors import (
     ModelNotFound,
     Overloaded,
     ProviderError,
-    RateLimited,
     UnsupportedParameter,
 )
 from shared.exchange import Attempt, Exchange, Routing
-from shared.health import RetryBudget
+from shared.health import RetryBudget, blames_account
 from shared.keys import Credential
 from shared.limits import GRACE, Limits
 from shared.providers.dialect import Outgoing
 from shared.router import (
     MAX_ATTEMPTS,
+    MOST_TOLD,
     NO_PREFERENCES,
     Candidate,
     Needs,
@@ -40,7 +40,7 @@ from shared.router import (
     Removal,
     awake,
     filtered,
-    may_use,
+    one_each,
     ordered,
     permitted,
     switched_on,
@@ -48,6 +48,7 @@ from shared.router import (
 from shared.schema import JSON, Call
 from shared.state import State
 from shared.store.base import Hold, Store, VirtualKey
+from shared.telemetry import logger
 from shared.tokens import Prompt
 from shared.upstream import Upstream
 from shared.vault import Vault
@@ -64,6 +65,8 @@ LONGEST_WAIT = 2.0
 JITTER = (0.05, 0.2)
 """Seconds before a second try."""
 
+Admission = TypeVar("Admission")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -73,7 +76,7 @@ class Plan:
 
     call: Call
     pool: Pool
-    outgoing: Outgoing
+    outgoing: Outgoing | None
     strategy: Strategy
     wish: Preferences
     needs: Needs
@@ -82,6 +85,7 @@ class Plan:
     removed: list[Removal]
     automatic: bool = False
     turn: str | None = None
+    lookup: Lookup | None = None
 
 
 class Reading(Protocol):
@@ -125,10 +129,16 @@ class Gateway:
         self.answered = 0
         self._idle = asyncio.Event()
 
-    async def plan(self, call: Call, route: Route | None = None, removed: list[Removal] | None = None) -> Plan:
+    async def plan(
+        self,
+        call: Call,
+        route: Route | None = None,
+        removed: list[Removal] | None = None,
+        key_id: str | None = None,
+    ) -> Plan:
         """Names to deployments that can be asked this; `route` stands for what the call's name means.
 
-        `removed` learns who cannot, also where nobody can.
+        `removed` learns who cannot, also where nobody can. `key_id`: for whom an answer may be kept.
         Raises ModelNotFound, NoProvider or InvalidRequest, before the key is charged."""
         routes = [route] if route else [self._catalog.resolve(name) for name in (call.model, *call.fallbacks)]
         removed = [] if removed is None else removed
@@ -138,12 +148,15 @@ class Gateway:
         needs = Needs(
             call.features, prompt.estimate(first[0].model), output // max(1, call.generated), call.max_tokens or 0
         )
-        pool, outgoing = self._askable(call, filtered(pool, needs, wish, removed), wish, removed)
+        lookup = self._cache.lookup(call, key_id) if key_id else None
+        pool, outgoing = filtered(pool, needs, wish, removed), None
+        if not (lookup and lookup.found):  # else somebody was asked this
+            pool, outgoing = self._askable(call, pool, wish, removed)
         strategy, turn = wish.sort or routes[0].strategy, None
         if strategy == "round_robin":
             turn = call.model if route or self._catalog.is_route(call.model) else "models"
         automatic = routes[0].automatic
-        return Plan(call, pool, outgoing, strategy, wish, needs, prompt, output, removed, automatic, turn)
+        return Plan(call, pool, outgoing, strategy, wish, needs, prompt, output, removed, automatic, turn, lookup)
 
     def _pool(self, call: Call, routes: Sequence[Route]) -> Pool:
         """Who the names mean; made once for a route, whose name is one of few."""
@@ -205,11 +218,9 @@ class Gateway:
         `ahead`: turns that are not taken yet."""
         now, state = self._clock(), self.state
         pool = permitted(plan.pool, key, plan.call.body.get("service_tier"), removed)
-        if state.switches:
-            pool = Pool(candidate._replace(to=state.switched(candidate.to)) for candidate in pool.candidates)
-        pool = switched_on(pool, removed)
+        pool = switched_on(pool, removed, state.switches.applied if state.switches.named else None)
         if plan.strategy == "round_robin" and plan.automatic:
-            pool = Pool(one_each(pool.candidates))
+            pool = one_each(pool)
         turn = key.turns.get(plan.turn, 0) + ahead if plan.turn else 0
         order = ordered(
             pool,
@@ -222,7 +233,7 @@ class Gateway:
             turn=turn,
         )
         if not plan.wish.allow_fallbacks:
-            others = [pool.candidates[at] for at in order.places[1:]]
+            others = [pool.candidates[at] for at in order.places[1:MOST_TOLD]]
             removed += [Removal(each, "allow_fallbacks", "it is no first choice") for each in others]
             order = order._replace(places=order.places[:1])
         return awake(order, state.health, now, removed)
@@ -234,25 +245,24 @@ class Gateway:
 
         `context` reads what belongs into the call. Whatever was read is thrown away where the key is refused."""
         call, now = plan.call, self._clock()
-        first = [candidate.to for candidate in plan.pool.candidates[:MAX_ATTEMPTS]]
-        money = most_money(first, plan.prompt, plan.output)
-        hold = Hold(money, plan.needs.prompt + plan.output, int(now), int(self._total_timeout) + GRACE)
-        lookup = self._cache.lookup(call, credential.key_id)
+        lookup = plan.lookup
         recall = self._vault.recall(call, credential.key_id, plan.pool.providers.values())
-        reads = [each.read() for each in (self.state if self.state.old else None, lookup, recall, context) if each]
-        key = await beside(reads, self._limits.admit(credential, request_id, hold, plan.turn))
-        for reading in (recall, context):
-            call = reading.applied(call) if reading else call
-        prompt = plan.prompt if call is plan.call else Prompt.read(call.body, call.surface)
+        looks = None if lookup is None or lookup.found or lookup.anew else lookup
+        reads = [each.read() for each in (self.state if self.state.old else None, looks, recall, context) if each]
+        key, hold = await beside(reads, self._reserve(plan, credential, request_id, int(now)))
         removed = list(plan.removed)
         try:
+            for reading in (recall, context):
+                call = reading.applied(call) if reading else call
+            prompt = plan.prompt if call is plan.call else Prompt.read(call.body, call.surface)
             if self._examine:
                 await self._examine(plan.call)
             order = self.choose(plan, key, removed)
-            candidates = [each.candidate.to for each in order.first(MAX_ATTEMPTS)]
-            if key.has_money_limit and most_money(candidates, prompt, plan.output) > money:
-                candidates, hold = await self._afford(candidates, prompt, plan.output, key, request_id, hold)
-        except GatewayError:
+            candidates = deployments(order)
+            if key.has_money_limit and most_money(candidates, prompt, plan.output) > hold.money:
+                order, hold = await self._afford(order, prompt, plan.output, key, request_id, hold, removed)
+                candidates = deployments(order)
+        except BaseException:  # whatever it was, nothing was asked
             await self._limits.release(key, request_id, hold, int(now))
             raise
         estimate = plan.needs.prompt if call is plan.call else prompt.estimate(candidates[0].model)
@@ -264,17 +274,42 @@ class Gateway:
         self._retries.request(now)
         return exchange
 
+    async def _reserve(self, plan: Plan, credential: Credential, request_id: str, now: int) -> tuple[VirtualKey, Hold]:
+        """Admit for the dearest of those that come first; where the key has too little, for the cheapest it may use."""
+        first = [candidate.to for candidate in plan.pool.candidates[:MAX_ATTEMPTS]]
+        money = most_money(first, plan.prompt, plan.output)
+        hold = Hold(money, plan.needs.prompt + plan.output, now, int(self._total_timeout) + GRACE)
+        try:
+            return await self._limits.admit(credential, request_id, hold, plan.turn), hold
+        except Forbidden as poor:
+            asked = poor.code == "insufficient_quota" and len(plan.pool) > 1
+            if (key := await self._store.key(credential.key_id) if asked else None) is None:
+                raise
+            found = deployments(self.choose(plan, key, [], ahead=1))
+            less = replace(hold, money=min(most_money([to], plan.prompt, plan.output) for to in found))
+            if less.money >= money:
+                raise
+        return await self._limits.admit(credential, request_id, less, plan.turn), less
+
     async def _afford(
-        self, candidates: list[Deployment], prompt: Prompt, output: int, key: VirtualKey, request_id: str, hold: Hold
-    ) -> tuple[list[Deployment], Hold]:
-        """Hold more where those that the key may use are dearer than those that came first; else leave them out."""
-        larger = replace(hold, money=most_money(candidates, prompt, output))
-        if await self._limits.extend(key, request_id, hold, larger):
-            return candidates, larger
-        cheap = [to for to in candidates if most_money([to], prompt, output) <= hold.money]
-        if not cheap:
-            raise Forbidden("This request may cost more than is left of this key's money.", code="insufficient_quota")
-        return cheap, hold
+        self,
+        order: Order,
+        prompt: Prompt,
+        output: int,
+        key: VirtualKey,
+        request_id: str,
+        hold: Hold,
+        removed: list[Removal],
+    ) -> tuple[Order, Hold]:
+        """Hold more where those that the key may use are dearer than those that came first; leave out the too dear."""
+        costs = {at: most_money([order.pool.candidates[at].to], prompt, output) for at in order.places[:MAX_ATTEMPTS]}
+        for money in sorted({*costs.values()}, reverse=True):
+            larger = replace(hold, money=max(money, hold.money))
+            if larger == hold or await self._limits.extend(key, request_id, hold, larger):
+                dear = [at for at, cost in costs.items() if cost > larger.money]
+                removed += [Removal(order.pool.candidates[at], "money", "too little is left for it") for at in dear]
+                return order._replace(places=[at for at, cost in costs.items() if cost <= larger.money]), larger
+        raise Forbidden("This request may cost more than is left of this key's money.", code="insufficient_quota")
 
     async def complete(self, exchange: Exchange) -> JSON:
         """A whole answer, from the cache or from the first deployment that gives one; raises the last refusal."""
@@ -283,7 +318,7 @@ class Gateway:
             return answer.completed(kept.whole())
         while found := await self._next(exchange):
             try:
-                piece = await self._upstream.complete(exchange.call, *found, exchange.deadline)
+                piece = await self._upstream.complete(exchange.call, *found, exchange.deadline, exchange.notes)
             except ProviderError as error:
                 self._failed(exchange, error)
             else:
@@ -306,7 +341,8 @@ class Gateway:
                 return
             while found := await self._next(exchange):
                 try:
-                    async with aclosing(self._upstream.stream(exchange.call, *found, exchange.deadline)) as batches:
+                    answers = self._upstream.stream(exchange.call, *found, exchange.deadline, exchange.notes)
+                    async with aclosing(answers) as batches:
                         async for batch in batches:
                             if not batch:
                                 answer.all_said()
@@ -326,6 +362,7 @@ class Gateway:
                         self._failed(exchange, error)
                         if answer.started:
                             raise error.answer() from error
+                        answer = Answer(exchange)  # what it said, unseen, is not the next one's
                         continue
                 if not answer.ended:
                     yield self._ending(exchange, answer)
@@ -340,17 +377,16 @@ class Gateway:
     async def _reused(self, exchange: Exchange) -> Kept | None:
         """An answer kept for this very request, unless nobody, or not this key, may use who gave it any more."""
         kept = await exchange.lookup.reuse(exchange.deadline) if exchange.lookup else None
-        row = self._catalog.providers.get(kept.provider) if kept else None
-        if kept and row:
-            to = self.state.switched(self._catalog.deployment(row, kept.model))
-            if to.enabled and may_use(exchange.key, exchange.call.model, to):
-                exchange.kept, exchange.dropped = kept, kept.dropped
+        order = exchange.routing.order if exchange.routing else None
+        if kept and order and f"{kept.provider}/{kept.model}" in order.pool.where:
+            exchange.kept, exchange.dropped = kept, kept.dropped
         return exchange.kept
 
     async def close(self, exchange: Exchange) -> JSON:
         """Record and settle, however the request ended; after the caller's last byte. Returns the record."""
         try:
-            self.state.health.end(exchange.deployment.id)
+            if exchange.attempts:
+                self.state.health.end(exchange.deployment.id)
             if exchange.lookup:
                 exchange.lookup.land(None)
             if exchange.ticket:  # before it is paid: whatever happens now, it is paid once
@@ -362,7 +398,8 @@ class Gateway:
             if exchange.lookup:
                 await exchange.lookup.keep()
             if exchange.remembers and exchange.answer and exchange.status == "ok" and not exchange.kept:
-                await self._vault.keep(exchange.key.id, exchange.answer.messages, exchange.deployment.provider)
+                own, said = exchange.deployment.provider, exchange.answer.messages
+                await self._vault.keep(exchange.key.id, exchange.call, said, own)
             if exchange.keeps_history and exchange.answer:
                 message = next(iter(exchange.answer.messages), JSON())
                 await history.keep(self._store, exchange.key.id, exchange.call, exchange.request_id, message, row.doc)
@@ -393,6 +430,8 @@ class Gateway:
         while exchange.waiting:
             to = exchange.waiting.pop(0)
             if error and error.fault == "context" and not larger(to, exchange.deployment):
+                continue
+            if to.provider.name in exchange.refusing:
                 continue
             try:
                 outgoing = outgoing or self._upstream.prepare(exchange.call, to, exchange.bound(to))
@@ -426,8 +465,10 @@ class Gateway:
 
     def _failed(self, exchange: Exchange, error: ProviderError) -> None:
         exchange.failed(error)
-        if rested := self.state.health.failed(exchange.deployment.id, error, self._clock()):
-            self.state.rest(*rested)
+        to = exchange.deployment
+        rested = self.state.health.failed(to.id, error, self._clock())
+        if rested and (blames_account(error) or self._catalog.knows(to.provider.name, to.model)):
+            self.state.rest(*rested)  # others need not hear of names that a caller made up
 
     def _ending(self, exchange: Exchange, answer: Answer) -> list[JSON]:
         chunks = answer.ending()
@@ -437,9 +478,9 @@ class Gateway:
     def _answered(self, exchange: Exchange, answer: Answer) -> None:
         """The deployment is well, and was so fast; whoever waits for the same answer has it now."""
         exchange.answered()
-        to, health = exchange.deployment.id, self.state.health
-        self.state.wake(health.succeeded(to))
-        health.measure(to, *exchange.speed(), self._clock())
+        to, health, now = exchange.deployment.id, self.state.health, self._clock()
+        self.state.wake(health.succeeded(to, now - exchange.attempts[-1].seconds))
+        health.measure(to, *exchange.speed(), now)
         if exchange.lookup:
             exchange.lookup.land(answer.kept())
 
@@ -447,20 +488,22 @@ class Gateway:
         return asyncio.get_running_loop().time()
 
     def _refusal(self, exchange: Exchange) -> GatewayError:
-        """What the caller is told when nobody answered: the last refusal, unless the providers are merely busy."""
+        """What the caller is told when nobody answered: the last refusal, unless the providers are merely busy.
+
+        Where one of them failed, it is not the caller's fault that others lack the model, or are too small."""
         errors = [attempt.error for attempt in exchange.attempts if attempt.error]
         if not errors:
             return exchange.error or Overloaded("No deployment could take this request.")
         if not errors[-1].falls_back:
             return errors[-1].answer()
         busy = [error for error in errors if error.fault == "rate_limit"]
-        if 0 < len(busy) < len(errors):
-            wait = max(1, min(60, round(busy[-1].retry_after or 1)))
-            return Overloaded("No provider could answer: some are at their rate limit.", retry_after=wait)
-        answer = errors[-1].answer()
-        if isinstance(answer, RateLimited):
-            answer.headers["retry-after"] = str(max(1, min(60, round(min(e.retry_after or 1 for e in busy)))))
-        return answer
+        soonest = min(busy, key=lambda error: error.retry_after or 1, default=errors[-1])
+        if len(busy) == len(errors):
+            return soonest.answer()
+        if busy:
+            return Overloaded("No provider could answer: some are at their rate limit.", retry_after=soonest.wait)
+        answers = [error.answer() for error in errors]
+        return next((answer for answer in reversed(answers) if answer.status >= 500), answers[-1])
 
     async def _may_go_on(self, exchange: Exchange, answer: Answer) -> bool:
         """Keep the hold ahead of a growing stream; False when the key's money ends here."""
@@ -492,26 +535,25 @@ def reserved_output(call: Call, candidates: Sequence[Deployment]) -> int:
     return (call.max_tokens or most) * call.generated
 
 
-async def beside(reads: Sequence[Coroutine[Any, Any, None]], admission: Awaitable[VirtualKey]) -> VirtualKey:
-    """The admission, and reads that go on meanwhile; they end with it where it refuses."""
+def deployments(order: Order) -> list[Deployment]:
+    """Those of which one after the other may be tried."""
+    return [each.candidate.to for each in order.first(MAX_ATTEMPTS)]
+
+
+async def beside(reads: Sequence[Coroutine[Any, Any, None]], admission: Awaitable[Admission]) -> Admission:
+    """The admission, and reads that go on meanwhile; they end with it where it refuses. Who fails has read nothing."""
     if not reads:
         return await admission
     tasks = [asyncio.ensure_future(read) for read in reads]
     try:
-        key = await admission
-        await asyncio.gather(*tasks)
+        admitted = await admission
+        for failed in await asyncio.gather(*tasks, return_exceptions=True):
+            if failed:
+                logger.error("read.failed", exc_info=failed)
     finally:
         for task in tasks:
             task.cancel()
-    return key
-
-
-def one_each(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The first of each provider: turns go round the providers, not round their models."""
-    first: dict[str, Candidate] = {}
-    for candidate in candidates:
-        first.setdefault(candidate.to.provider.name, candidate)
-    return list(first.values())
+    return admitted
 
 
 def larger(to: Deployment, than: Deployment) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
 from shared.errors import StoreUnavailable
 from shared.schema import JSON, Call
@@ -30,23 +32,27 @@ class Context:
             logger.warning("history.unread", extra={"reason": str(trouble)})
 
     def applied(self, call: Call) -> Call:
-        before = [{"role": each.role, "content": each.content} for each in self._said if each.content]
-        return Call(call.surface, {**call.body, "messages": [*before, *call.body["messages"]]}) if before else call
+        """What was asked and answered: some providers take nothing but turns."""
+        turns = [
+            {"role": each.role, "content": each.content}
+            for one, other in pairwise(each for each in self._said if each.content)
+            if (one.role, other.role) == ("user", "assistant")
+            for each in (one, other)
+        ]
+        return Call(call.surface, {**call.body, "messages": [*turns, *call.body["messages"]]}) if turns else call
 
 
-async def keep(store: Store, key_id: str, call: Call, request_id: str, text: str, row: JSON) -> None:
-    """Write down what the user said last and what came of it, whole or not; `row` is the record."""
-    now = int(time.time())
-    told: JSON = {
-        "generation_id": f"gen-{request_id}",
-        "provider": row["provider"],
-        "model": row["model"],
-        "status": row["status"],
-    }
+async def keep(store: Store, key_id: str, call: Call, request_id: str, answer: JSON, row: Mapping[str, Any]) -> None:
+    """Write down what the user said and what came of it, whole or not; `row` is the record.
+
+    The result of a tool is not the user's, and a call of one no text: they are not history."""
+    now, messages = int(time.time()), list[Message]()
+    told: JSON = {"generation_id": f"gen-{request_id}", **{name: row[name] for name in ("provider", "model", "status")}}
     if row["status"] != "ok":
         told["partial"] = True
-    messages = [Message(f"{request_id}-0", "user", asked(call), now, {})]
-    if text or row["status"] == "ok":
+    if (last := call.body["messages"][-1])["role"] == "user":
+        messages.append(Message(f"{request_id}-0", "user", text_of(last["content"]), now))
+    if text := answer.get("content") or answer.get("refusal"):
         messages.append(Message(f"{request_id}-1", "assistant", text, now, told))
     try:
         await store.say(key_id, call.body["user"], call.body["session_id"], messages)
@@ -54,13 +60,10 @@ async def keep(store: Store, key_id: str, call: Call, request_id: str, text: str
         logger.warning("history.unkept", extra={"id": request_id, "reason": str(trouble)})
 
 
-def asked(call: Call) -> str:
-    """The text of the user's last message."""
-    content: Any = next((each["content"] for each in reversed(call.body["messages"]) if each["role"] == "user"), "")
+def text_of(content: str | list[JSON]) -> str:
     if isinstance(content, str):
         return content
-    parts = cast("list[JSON]", content)
-    return "\n".join(part["text"] for part in parts if part.get("type") == "text")
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def shown(message: Message) -> JSON:

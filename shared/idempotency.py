@@ -15,6 +15,7 @@ from typing import NamedTuple
 import orjson
 
 from shared.errors import GatewayError, InvalidRequest, StoreUnavailable
+from shared.generations import PREFIX
 from shared.keys import Credential
 from shared.schema import JSON
 from shared.store.base import Store
@@ -118,9 +119,7 @@ def _first(note: bytes, mark: JSON) -> Replay:
             message = "A request with this Idempotency-Key is still running."
             raise InProgress(message, headers={"retry-after": "1"})
         case "long":
-            message = (
-                f"A request with this Idempotency-Key was answered, at too great length to be kept: {first['id']}."
-            )
+            message = f"A request with this Idempotency-Key was answered, at too great length to be kept: {PREFIX}{first['id']}."
             raise InProgress(message, headers={"x-should-retry": "false"})
         case _:
             return Replay(first["id"], first["status"], first["headers"], body)

@@ -37,11 +37,11 @@ def random_text(length: int) -> str:
 
 def time_ordered(now: float) -> str:
     """16 characters, sorted by millisecond: the id of a request, without its `gen-`."""
-    milliseconds, text = int(now * 1000), ""
-    while milliseconds:
-        milliseconds, digit = divmod(milliseconds, 62)
+    number, text = int(now * 1000) * 62**8 + secrets.randbelow(62**8), ""
+    for _ in range(16):
+        number, digit = divmod(number, 62)
         text = ALPHABET[digit] + text
-    return text.rjust(8, "0") + random_text(8)
+    return text
 
 
 def _checksum(text: str) -> str:

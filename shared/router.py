@@ -6,11 +6,12 @@ Each names in `removed` whom it took away and why, which the record and `POST /v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from shared.catalog import Deployment, Strategy
 from shared.errors import ContextLengthExceeded, Forbidden, GatewayError, InvalidRequest, ModelNotFound, Overloaded
@@ -22,7 +23,11 @@ from shared.store.base import VirtualKey
 MAX_ATTEMPTS = 3
 DEAR_TIERS = frozenset({"priority", "fast", "scale"})
 """https://platform.openai.com/docs/guides/priority-processing: faster, at a price of their own."""
+MOST_TOLD = 20
+"""Of long lists the beginning is told."""
 NANO = 10**9
+RATES = {"prompt": "input", "completion": "output", "request": "request"}
+"""What `max_price` may limit, and how a price calls it."""
 UNKNOWN = float("inf")
 
 
@@ -39,8 +44,9 @@ class Candidate(NamedTuple):
 class Pool:
     """Candidates by rank and priority, and what can be told of them before any request: made once for a route.
 
-    `groups` numbers those of one rank and priority; `even`: all have the same weight. `choosy`: what can be
-    asked differs between models. `where`: the places of a deployment, or of all of a provider's, by name."""
+    `groups` numbers those of one rank and priority; `even`: all have the same weight. `choosy`: what can be asked
+    differs between models. `uneven`: the prices that are more than a rate for each side, by place. `where`: the places
+    of a deployment, or of all of a provider's, by name."""
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
         self.candidates = sorted(candidates, key=_level)
@@ -59,10 +65,12 @@ class Pool:
             self.groups.append(self.groups[-1] + (one != other))
         self.shares = [1 / to.weight for to in found]
         self.even = len(set(self.shares)) == 1
-        self.window = min((to.context_window for to in found if to.context_window), default=UNKNOWN)
+        self.windows = sorted({to.context_window for to in found if to.context_window}) or [UNKNOWN]
         self.enabled = all(to.enabled for to in found)
         self.choosy = any(to.declared or to.provider.refuses_by_model for to in found)
-        self.plain = not any(to.price and (to.price.tiers or to.price.request) for to in found)
+        self.uneven = [
+            (at, to.price) for at, to in enumerate(found) if to.price and (to.price.tiers or to.price.request)
+        ]
         self.inputs = [to.price.input if to.price else UNKNOWN for to in found]
         self.outputs = [to.price.output if to.price else UNKNOWN for to in found]
 
@@ -87,8 +95,8 @@ class Preferences:
     """The request's `provider: {…}`, as OpenRouter has it; prices are US dollars per million tokens."""
 
     order: Sequence[str] = ()
-    only: Collection[str] = ()
-    ignore: Collection[str] = ()
+    only: Sequence[str] = ()
+    ignore: Sequence[str] = ()
     allow_fallbacks: bool = True
     sort: Strategy | None = None
     max_price: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -97,7 +105,7 @@ class Preferences:
     @classmethod
     def of(cls, given: JSON) -> Preferences:
         """Of the checked body; null is as good as absent."""
-        names = {each: [name.lower() for name in given.get(each) or ()] for each in ("order", "only", "ignore")}
+        names = {each: tuple(name.lower() for name in given.get(each) or ()) for each in ("order", "only", "ignore")}
         rest: dict[str, Any] = {
             each: given[each]
             for each in ("allow_fallbacks", "sort", "max_price", "require_parameters")
@@ -147,15 +155,17 @@ def filtered(pool: Pool, needs: Needs, wish: Preferences, removed: list[Removal]
 
     Where there is but one, it is asked whatever we think that it can do: its provider knows better."""
     if wish is not NO_PREFERENCES:
-        pool = _keep(pool, "provider", partial(_unwanted, wish), removed, _nobody_wanted)
-        if wish.max_price:
-            pool = _keep(pool, "max_price", partial(_dear, wish.max_price), removed, _too_dear)
+        pool = WANTED(pool, (wish.order, wish.only, wish.ignore), removed)
+        limits = tuple((name, limit) for name in RATES if (limit := wish.max_price.get(name)) is not None)
+        if limits:
+            pool = CHEAP(pool, limits, removed)
     if len(pool) == 1:
         return pool
-    if needs.features and (pool.choosy or any(_lacking(row.refuses, needs) for row in pool.providers.values())):
-        pool = _keep(pool, "capability", partial(_incapable, needs), removed, _nobody_capable)
-    if pool.window < needs.prompt + needs.bound:
-        pool = _keep(pool, "context", partial(_short, needs), removed, _too_long)
+    features = frozenset(needs.features)
+    if features and (pool.choosy or any(_lacking(row.refuses, features) for row in pool.providers.values())):
+        pool = CAPABLE(pool, features, removed)
+    if (size := needs.prompt + needs.bound) > pool.windows[0]:
+        pool = ROOMY(pool, pool.windows[bisect_left(pool.windows, size) - 1], removed)
     return pool
 
 
@@ -163,27 +173,43 @@ def permitted(pool: Pool, key: VirtualKey, tier: str | None, removed: list[Remov
     """Those that the key may use, and, under a money limit, that have a price. Raises Forbidden when none is left.
 
     `tier`: the `service_tier` asked for; the dearer ones have no price in the table."""
-    asked = pool.candidates[0].asked
     if key.models is not None:
-        allowed = [may_use(key, candidate.asked, candidate.to) for candidate in pool.candidates]
-        pool = _left(pool, allowed, "permission", "the key may not use it", removed)
-        if not pool:
-            raise Forbidden(f"This key may not use the model '{asked}'.", code="model_not_allowed")
+        pool = PERMITTED(pool, key.models, removed)
     if key.has_money_limit:
-        priced = [candidate.to.price is not None for candidate in pool.candidates]
-        pool = _left(pool, priced, "price", "it has no known price", removed)
-        if not pool or tier in DEAR_TIERS:
-            what = f"The service tier '{tier}'" if pool else f"The model '{asked}'"
-            message = f"{what} has no known price, so a key with a budget cannot use it."
-            raise Forbidden(message, code="model_not_priced")
+        pool = PRICED(pool, None, removed)
+        if tier in DEAR_TIERS:
+            raise _not_priced(f"The service tier '{tier}'")
     return pool
 
 
-def switched_on(pool: Pool, removed: list[Removal]) -> Pool:
-    """Without what is switched off; raises ModelNotFound where that is all."""
-    if pool.enabled:
+def switched_on(pool: Pool, removed: list[Removal], switch: Callable[[Deployment], Deployment] | None = None) -> Pool:
+    """As they are switched, without what is off; raises ModelNotFound where that is all."""
+    if switch:
+        pool = _switched(pool, switch)
+    return pool if pool.enabled else ENABLED(pool, None, removed)
+
+
+KEPT = 16
+"""Parts of pools that each filter keeps for whoever asks for the same; one of a thousand deployments is some 300 KB."""
+
+
+@lru_cache(KEPT)
+def _switched(pool: Pool, switch: Callable[[Deployment], Deployment]) -> Pool:
+    switched = [switch(candidate.to) for candidate in pool.candidates]
+    if all(new is candidate.to for new, candidate in zip(switched, pool.candidates, strict=True)):
         return pool
-    return _keep(pool, "enabled", lambda to: None if to.enabled else "it is switched off", removed, _off)
+    return Pool(candidate._replace(to=new) for new, candidate in zip(switched, pool.candidates, strict=True))
+
+
+@lru_cache(KEPT)
+def one_each(pool: Pool) -> Pool:
+    """The first of each provider: turns go round the providers, not round their models.
+
+    Those of later names are fallbacks, and stay."""
+    first: dict[str, Candidate] = {}
+    for candidate in pool.candidates:
+        first.setdefault(candidate.to.id if candidate.rank else candidate.to.provider.name, candidate)
+    return Pool(first.values())
 
 
 def ordered(
@@ -199,26 +225,29 @@ def ordered(
 ) -> Order:
     """By the caller's order of names, then of providers, then by the strategy. `turn` counts from 1.
 
-    What a strategy cannot tell apart goes by priority, the lowest first, and among equals by weighted chance."""
+    Those that a strategy takes to be the best alike go by priority, the lowest first, and among equals by weighted
+    chance."""
+    everyone = range(len(pool))
     scores: list[float] | None = None
     match strategy:
         case "round_robin":
             places = _turned(pool, turn)
         case "price":
-            places = range(len(pool))
             scores = _prices(pool, max(1, needs.prompt), max(1, needs.output))
+            places = _best_first(pool, scores, dice)
         case "latency":
-            places, known = range(len(pool)), health.latencies(now)
+            known = health.latencies(now)
             scores = [known.get(each, PRIOR_LATENCY) for each in pool.ids]
+            places = _best_first(pool, scores, dice)
         case "throughput":
-            places, known = range(len(pool)), health.throughputs(now)
+            known = health.throughputs(now)
             scores = [-known.get(each, PRIOR_THROUGHPUT) for each in pool.ids]
-        case _:
-            places = _shared_out(pool, dice)
-    if scores:
-        places = sorted(places, key=scores.__getitem__)
-    elif strategy in ("local", "remote"):
-        places = sorted(places, key=pool.local.__getitem__, reverse=strategy == "local")
+            places = _best_first(pool, scores, dice)
+        case "local" | "remote":
+            drawn = _shared_out(pool, everyone, dice)
+            places = sorted(drawn, key=pool.local.__getitem__, reverse=strategy == "local")
+        case "priority":
+            places = _shared_out(pool, everyone, dice)
     if wish.order:
         wanted = {name: place for place, name in enumerate(wish.order)}
         places = sorted(places, key=lambda at: wanted.get(pool.names[at], len(wanted)))
@@ -231,14 +260,16 @@ def awake(order: Order, health: Health, now: float, removed: list[Removal]) -> O
     """Without those that rest; where all do, those that may be asked all the same, the first to wake first.
 
     Raises Overloaded where none may: our account at each of them has no credit."""
-    resting = health.resting(now)
-    if not resting:
-        return order
     pool = order.pool
-    rests = {at: rest for name, rest in resting.items() for at in pool.where.get(name, ())}
-    up = [at for at in order.places if at not in rests] if rests else order.places
-    if up:
-        removed += [Removal(pool.candidates[at], "resting", _tired(rest, now)) for at, rest in rests.items()]
+    if not (resting := health.resting(now, pool.where.keys())):
+        return order
+    rests: dict[int, Rest] = {}
+    for name, rest in sorted(resting.items(), key=lambda each: (each[1].absolute, each[1].until)):
+        for at in pool.where[name]:  # its own rest, or its provider's, whichever is the graver: it comes later
+            rests[at] = rest
+    if up := [at for at in order.places if at not in rests]:
+        down = [at for at in order.places if at in rests][:MOST_TOLD]
+        removed += [Removal(pool.candidates[at], "resting", _tired(rests[at], now)) for at in down]
         return order._replace(places=up)
     tired = sorted((at for at in order.places if not rests[at].absolute), key=lambda at: rests[at].until)
     if not tired:
@@ -249,53 +280,60 @@ def awake(order: Order, health: Health, now: float, removed: list[Removal]) -> O
 
 
 def may_use(key: VirtualKey, asked: str, to: Deployment) -> bool:
+    return key.models is None or any(name in key.models for name in names_of(asked, to))
+
+
+def names_of(asked: str, to: Deployment) -> list[str]:
     """A key's list may name an alias, a bare model, a deployment, or all of a provider as `provider/*`.
 
-    A provider's own id with a slash in it is no bare name: it reads like another provider's deployment."""
-    if key.models is None:
-        return True
-    names = [asked, to.id, f"{to.provider.name}/*"] + ([] if "/" in to.model else [to.model])
-    return any(name in key.models for name in names)
+    A provider's own id with a slash in it is no bare name: it reads like another provider's deployment. Nor is one that
+    is an alias: whoever may use that may not use what it hides."""
+    return [asked, to.id, f"{to.provider.name}/*"] + ([] if "/" in to.model or to.shadowed else [to.model])
 
 
-Complaint: TypeAlias = Callable[[str, Sequence[Removal]], GatewayError]
-"""By the name asked for and whoever was taken away."""
+By = TypeVar("By", bound=Hashable)
 
 
-def _keep(
-    pool: Pool,
-    name: str,
-    fault: Callable[[Deployment], str | None],
-    removed: list[Removal],
-    complaint: Complaint,
-) -> Pool:
-    """The candidates in which `fault` finds nothing wrong."""
-    faults = [fault(candidate.to) for candidate in pool.candidates]
-    if not any(faults):
-        return pool
-    taken = [Removal(each, name, why) for each, why in zip(pool.candidates, faults, strict=True) if why]
-    removed += taken
-    if len(taken) == len(pool):
-        raise complaint(pool.candidates[0].asked, taken)
-    return Pool(each for each, why in zip(pool.candidates, faults, strict=True) if not why)
+class Filter(Generic[By]):
+    """Takes away those in whom `fault` finds one, by what is asked; where nobody is left, raises the `complaint`.
+
+    What it leaves of a pool of many is kept: a request costs no time that grows with all there is."""
+
+    def __init__(
+        self,
+        name: str,
+        fault: Callable[[Candidate, By], str | None],
+        complaint: Callable[[str, Sequence[Removal]], GatewayError],
+    ) -> None:
+        self._name = name
+        self._fault = fault
+        self._complaint = complaint
+        self._kept = lru_cache(KEPT)(self._parted)
+
+    def __call__(self, pool: Pool, by: By, removed: list[Removal]) -> Pool:
+        left, gone = self._parted(pool, by) if len(pool) == 1 else self._kept(pool, by)
+        removed += gone
+        if not left:
+            raise self._complaint(pool.candidates[0].asked, gone)
+        return left
+
+    def _parted(self, pool: Pool, by: By) -> tuple[Pool, Sequence[Removal]]:
+        faults = [self._fault(candidate, by) for candidate in pool.candidates]
+        if not any(faults):
+            return pool, ()
+        both = list(zip(pool.candidates, faults, strict=True))
+        gone = [Removal(each, self._name, why) for each, why in both if why]
+        return Pool(each for each, why in both if not why), gone
 
 
-def _left(pool: Pool, stays: Sequence[bool], name: str, why: str, removed: list[Removal]) -> Pool:
-    """The same, where all have the same fault; the pool may be left empty."""
-    if all(stays):
-        return pool
-    removed += [Removal(each, name, why) for each, stay in zip(pool.candidates, stays, strict=True) if not stay]
-    return Pool(each for each, stay in zip(pool.candidates, stays, strict=True) if stay)
-
-
-def _unwanted(wish: Preferences, to: Deployment) -> str | None:
+def _unwanted(candidate: Candidate, wish: tuple[Sequence[str], Sequence[str], Sequence[str]]) -> str | None:
     """A provider that has preferences of the same kind (OpenRouter) is asked, and told of them, unless it is named."""
-    name = to.provider.name
-    if name in wish.ignore:
+    name, (order, only, ignore) = candidate.to.provider.name, wish
+    if name in ignore:
         return "the request ignores its provider"
-    if "provider" in to.provider.keeps and name not in wish.names:
+    if "provider" in candidate.to.provider.keeps and name not in (*order, *only):
         return None
-    if wish.only and name not in wish.only:
+    if only and name not in only:
         return "the request wants other providers only"
     return None
 
@@ -306,11 +344,12 @@ def _nobody_wanted(asked: str, taken: Sequence[Removal]) -> GatewayError:
     return InvalidRequest(message, param="provider", code="unknown_provider")
 
 
-def _dear(most: Mapping[str, float], to: Deployment) -> str | None:
-    if to.price is None:
+def _dear(candidate: Candidate, most: Sequence[tuple[str, float]]) -> str | None:
+    price = candidate.to.price
+    if price is None:
         return "its price is not known"
-    for name, rate in (("prompt", to.price.input), ("completion", to.price.output), ("request", to.price.request)):
-        if (limit := most.get(name)) is not None and rate > float(limit) * NANO:
+    for name, limit in most:
+        if (rate := getattr(price, RATES[name])) > float(limit) * NANO:
             return f"its {name} price is {rate / NANO:g}, above {limit:g}"
     return None
 
@@ -327,15 +366,16 @@ CAPABILITIES = {
 """Which capability a feature needs, where a deployer declared them (`[models]` in gateway.toml)."""
 
 
-def _lacking(refused: Collection[str], needs: Needs) -> list[str]:
-    return [feature for feature in needs.features if feature in refused]
+def _lacking(refused: Collection[str], features: Collection[str]) -> list[str]:
+    return [feature for feature in features if feature in refused]
 
 
-def _incapable(needs: Needs, to: Deployment) -> str | None:
-    if lacking := _lacking(to.provider.refused(to.model), needs):
+def _incapable(candidate: Candidate, features: frozenset[str]) -> str | None:
+    to = candidate.to
+    if lacking := _lacking(to.provider.refused(to.model), features):
         return f"its provider does not support '{min(lacking)}'"
     if to.declared:
-        wanted = {CAPABILITIES[feature] for feature in needs.features if feature in CAPABILITIES}
+        wanted = {CAPABILITIES[feature] for feature in features if feature in CAPABILITIES}
         if lacking := wanted.difference(to.capabilities):
             return f"it is not declared to have '{min(lacking)}'"
     return None
@@ -347,11 +387,9 @@ def _nobody_capable(asked: str, taken: Sequence[Removal]) -> GatewayError:
     return InvalidRequest(message, param=PARAMETERS.get(feature, feature), code="unsupported_parameter")
 
 
-def _short(needs: Needs, to: Deployment) -> str | None:
-    window = to.context_window
-    if not window or window >= needs.prompt + needs.bound:
-        return None
-    return f"its context is {window} tokens, and {needs.prompt} + {needs.bound} may be needed"
+def _short(candidate: Candidate, window: float) -> str | None:
+    own = candidate.to.context_window
+    return f"its context is {own} tokens, and more may be needed" if own and own <= window else None
 
 
 def _too_long(asked: str, taken: Sequence[Removal]) -> GatewayError:
@@ -359,7 +397,28 @@ def _too_long(asked: str, taken: Sequence[Removal]) -> GatewayError:
     return ContextLengthExceeded(message, param="messages")
 
 
-def _off(asked: str, taken: Sequence[Removal]) -> GatewayError:
+def _forbidden(candidate: Candidate, models: tuple[str, ...]) -> str | None:
+    return None if any(name in models for name in names_of(candidate.asked, candidate.to)) else "the key may not use it"
+
+
+def _not_allowed(asked: str, _: Sequence[Removal]) -> GatewayError:
+    return Forbidden(f"This key may not use the model '{asked}'.", code="model_not_allowed")
+
+
+def _unpriced(candidate: Candidate, _: None) -> str | None:
+    return "it has no known price" if candidate.to.price is None else None
+
+
+def _not_priced(what: str, _: Sequence[Removal] = ()) -> GatewayError:
+    message = f"{what} has no known price, so a key with a budget cannot use it."
+    return Forbidden(message, code="model_not_priced")
+
+
+def _off(candidate: Candidate, _: None) -> str | None:
+    return None if candidate.to.enabled else "it is switched off"
+
+
+def _all_off(asked: str, _: Sequence[Removal]) -> GatewayError:
     return ModelNotFound(f"The model '{asked[:128]}' is switched off.", param="model")
 
 
@@ -367,34 +426,44 @@ def _one_of(taken: Sequence[Removal]) -> str:
     return f"{taken[0].candidate.to.id}: {taken[0].why}"
 
 
+WANTED = Filter("provider", _unwanted, _nobody_wanted)
+CHEAP = Filter("max_price", _dear, _too_dear)
+CAPABLE = Filter("capability", _incapable, _nobody_capable)
+ROOMY = Filter("context", _short, _too_long)
+PERMITTED = Filter("permission", _forbidden, _not_allowed)
+PRICED = Filter("price", _unpriced, lambda asked, _: _not_priced(f"The model '{asked}'"))
+ENABLED = Filter("enabled", _off, _all_off)
+
+
 def _tired(rest: Rest, now: float) -> str:
     return f"it rests {max(0, rest.until - now):.0f} s more after '{rest.fault}'"
 
 
-def _shared_out(pool: Pool, dice: Callable[[], float]) -> Sequence[int]:
+def _shared_out(pool: Pool, places: Sequence[int], dice: Callable[[], float]) -> Sequence[int]:
     """By priority, and among equals by a draw that prefers the weightier: https://doi.org/10.1016/j.ipl.2005.11.003."""
-    if pool.groups[-1] == len(pool) - 1:
-        return range(len(pool))
+    groups, shares = pool.groups, pool.shares
+    if groups[-1] == len(pool) - 1:
+        return places
     if pool.even:
-        draws = [group + dice() for group in pool.groups]
-    else:
-        draws = [group - dice() ** share for group, share in zip(pool.groups, pool.shares, strict=True)]
-    return sorted(range(len(pool)), key=draws.__getitem__)
+        return sorted(places, key=lambda at: groups[at] + dice())
+    return sorted(places, key=lambda at: groups[at] - dice() ** shares[at])
+
+
+def _best_first(pool: Pool, scores: Sequence[float], dice: Callable[[], float]) -> Sequence[int]:
+    """By score, the lowest first; where several have the best, they share."""
+    places = sorted(range(len(pool)), key=scores.__getitem__)
+    best = scores.count(scores[places[0]])
+    return [*_shared_out(pool, places[:best], dice), *places[best:]] if best > 1 else places
 
 
 def _prices(pool: Pool, prompt: int, output: int) -> list[float]:
     """US dollars for a request of this size; infinite where no price is known."""
-    if pool.plain:
-        a, b = prompt / 1e15, output / 1e15  # of nano-dollars per million tokens
-        return [a * into + b * out for into, out in zip(pool.inputs, pool.outputs, strict=True)]
-    return [_price(candidate.to, prompt, output) for candidate in pool.candidates]
-
-
-def _price(to: Deployment, prompt: int, output: int) -> float:
-    if to.price is None:
-        return UNKNOWN
-    price = to.price.at(prompt)
-    return (prompt * price.input + output * price.output) / 1e15 + price.request / NANO
+    a, b = prompt / 1e15, output / 1e15  # of nano-dollars per million tokens
+    prices = [a * into + b * out for into, out in zip(pool.inputs, pool.outputs, strict=True)]
+    for at, price in pool.uneven:
+        now = price.at(prompt)
+        prices[at] = a * now.input + b * now.output + now.request / NANO
+    return prices
 
 
 def _turned(pool: Pool, turn: int) -> Sequence[int]:

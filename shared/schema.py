@@ -30,6 +30,11 @@ class Shape(BaseModel):
     )
 
 
+MAX_ID = 256
+Id: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+"""Of a user or a session, under which history is kept."""
+
+
 def _kind(value: Any) -> str:
     return "many" if isinstance(value, list) else "one"
 
@@ -280,7 +285,7 @@ class ChatRequest(Sampling):
     prediction: JSON | None = None
     metadata: JSON | None = None
     store: bool | None = None
-    session_id: Annotated[str, Field(max_length=256)] | None = None
+    session_id: Id | None = None
 
 
 def _prompt(value: Any) -> str:
@@ -352,6 +357,11 @@ class Call:
         return self.stream and bool(_inner(self.body, "stream_options").get("include_usage"))
 
     @property
+    def keeps_history(self) -> bool:
+        """`session_id` with `store`: what is said goes into our own history, under `user`."""
+        return self.surface == "chat" and bool(self.body.get("session_id") and self.body.get("store"))
+
+    @property
     def choices(self) -> int:
         """How many choices the answer has: `n` for each prompt."""
         if self.surface == "embeddings":
@@ -397,6 +407,8 @@ class Call:
         for message in body["messages"]:
             if isinstance(content := message.get("content"), list):
                 found |= {part["type"] for part in cast("list[JSON]", content) if part["type"] != "text"}
+                if any(part["type"] == "file" and part["file"].get("file_id") for part in cast("list[JSON]", content)):
+                    found.add("file_id")
         return found
 
 
@@ -463,6 +475,9 @@ def _check_together(surface: Surface, body: JSON) -> None:
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
         )
     if surface == "chat":
+        if body.get("session_id") and body.get("store") and not 0 < len(body.get("user") or "") <= MAX_ID:
+            message = f"'session_id' with 'store' needs a 'user' of 1 to {MAX_ID} characters, whose history it is."
+            raise InvalidRequest(message, param="user", code="missing_required_parameter")
         if body.get("top_logprobs") is not None and not body.get("logprobs"):
             raise InvalidRequest("'top_logprobs' requires 'logprobs' to be true.", param="top_logprobs")
         for index, tool in enumerate(body.get("tools") or ()):

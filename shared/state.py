@@ -4,8 +4,9 @@ admission; written on change. While the store is silent, what was known last hol
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ PATIENCE = 0.25
 """Seconds that a request waits for it at most, once it is admitted."""
 WORTH_SHARING = 3.0
 """Seconds; a shorter rest is over before others have read of it."""
-TRIES = 8
+TRIES, JITTER = 8, 0.02
+"""How often a change is tried that others come before, and how many seconds apart at most, the first time."""
 
 
 class Switch(NamedTuple):
@@ -35,37 +37,40 @@ class Switch(NamedTuple):
     priority: int | None = None
 
 
-class State:
-    """`health` is this process's own, to which other processes' rests are added."""
+class Switches:
+    """By provider name or deployment id; not changed, but replaced, so that what was made of it can be kept."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        self.health = Health()
-        self._store = store
-        self._clock = clock
-        self._read_at = 0.0
-        self._switches: Mapping[str, Switch] = {}
-        self._shared: set[str] = set()
-        self._news: dict[str, Rest | None] = {}
-        self._reading: asyncio.Task[None] | None = None
+    def __init__(self, named: Mapping[str, Switch]) -> None:
+        self.named = named
 
-    @property
-    def switches(self) -> Mapping[str, Switch]:
-        """By provider name or deployment id."""
-        return self._switches
-
-    def switched(self, to: Deployment) -> Deployment:
+    def applied(self, to: Deployment) -> Deployment:
         """As the admin wants it: on or off, and in its place; in its provider's, where it has none of its own."""
-        if not self._switches:
+        own, whole = self.named.get(to.id, NO_SWITCH), self.named.get(to.provider.name, NO_SWITCH)
+        if own is whole:  # neither is there
             return to
-        own, whole = self._switches.get(to.id, NO_SWITCH), self._switches.get(to.provider.name, NO_SWITCH)
         enabled = whole.enabled is not False and (to.enabled if own.enabled is None else own.enabled)
         moved = whole.priority if to.priority == to.provider.priority else None
         places = (place for place in (own.priority, moved, to.priority) if place is not None)
         return replace(to, enabled=enabled, priority=next(places))
 
+
+class State:
+    """`health` is this process's own, to which other processes' rests are added."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self.health = Health()
+        self.switches = Switches({})
+        self._store = store
+        self._clock = clock
+        self._read_at = 0.0
+        self._shared: dict[str, Rest] = {}
+        self._news: dict[str, Rest | None] = {}
+        self._telling: dict[str, Rest | None] = {}
+        self._reading: asyncio.Task[None] | None = None
+
     @property
     def old(self) -> bool:
-        return self._clock() - self._read_at >= FRESH
+        return not 0 <= self._clock() - self._read_at < FRESH  # clocks are set back, too
 
     async def read(self) -> None:
         """Read it anew; a slow or failing store changes nothing, and holds nobody up for long."""
@@ -81,38 +86,61 @@ class State:
             logger.warning("state.unread", extra={"reason": str(trouble)})
 
     async def _read(self) -> tuple[JSON, int]:
-        note, now = await self._store.note(NAME), self._clock()
+        asked = self._clock()  # not when it was answered: a frozen process hears an old answer
+        note = await self._store.note(NAME)
         doc: JSON = orjson.loads(note.body) if note else {}
-        self._read_at = now
-        self._switches = {name: Switch(**given) for name, given in doc.get("switches", {}).items()}
-        rests = {name: Rest(*given) for name, given in doc.get("rests", {}).items()}
-        self.health.wake(self._shared - rests.keys() - self._news.keys())  # who rested is well again
-        self.health.learn({name: rest for name, rest in rests.items() if name not in self._news}, now)
-        self._shared = set(rests)
+        if asked >= self._read_at or self.old:  # else one that was asked later has been here
+            self._read_at = asked
+            self._take(doc)
         return doc, note.version if note else 0
+
+    def _take(self, doc: JSON) -> None:
+        """Believe it, but for what this process knows and has not told yet."""
+        now = self._clock()
+        named = {name: _switch(said) for name, said in doc.get("switches", {}).items()}
+        if named != self.switches.named:
+            self.switches = Switches(named)
+        rests = {name: Rest(*said[:2]) for name, said in doc.get("rests", {}).items()}
+        gone = [name for name, rest in self._shared.items() if rest.until > now and name not in rests]
+        self.health.wake(name for name in gone if name not in self._news)  # its rest was not over: it is well again
+        self.health.learn({name: rest for name, rest in rests.items() if name not in self._news}, now)
+        self._shared = rests
 
     def rest(self, name: str, rest: Rest) -> None:
         """To be shared with the next `share`."""
         if rest.until - self._clock() >= WORTH_SHARING:
             self._news[name] = rest
 
-    def wake(self, names: list[str]) -> None:
-        self._news |= {name: None for name in names if name in self._shared}
+    def wake(self, names: Iterable[str]) -> None:
+        """What was to be shared, or is, is so no more."""
+        for name in names:
+            self._news.pop(name, None)
+            if name in self._shared or name in self._telling:
+                self._news[name] = None
 
     async def share(self) -> None:
         """Write what is new; it may fail, for every process finds out for itself."""
         if not self._news:
             return
-        news, self._news = self._news, {}
+        news = self._telling = self._news
+        self._news = {}
 
         def change(doc: JSON) -> None:
-            now, rests = self._clock(), {**doc.get("rests", {}), **news}
-            doc["rests"] = {name: list(rest) for name, rest in rests.items() if rest and rest[0] > now}
+            rests: JSON = doc.get("rests", {})
+            for name, rest in news.items():
+                if rest is None:
+                    rests.pop(name, None)
+                elif rest.until > rests.get(name, (0.0,))[0] + WORTH_SHARING:  # else somebody has said as much
+                    rests[name] = list(rest)
+            now = self._clock()
+            doc["rests"] = {name: rest for name, rest in rests.items() if rest[0] > now}
 
         try:
             await self._write(change)
         except StoreUnavailable as trouble:
             logger.warning("state.unshared", extra={"reason": str(trouble)})
+        finally:
+            self._telling = {}
 
     async def turn(self, name: str, change: Mapping[str, Any], *, wake: bool) -> Switch:
         """Change `enabled` or `priority` of a switch, everywhere within seconds; `wake` ends a rest.
@@ -123,7 +151,7 @@ class State:
         def apply(doc: JSON) -> None:
             nonlocal switch
             switches: JSON = doc.setdefault("switches", {})
-            switch = Switch(**{**switches.get(name, {}), **change})
+            switch = _switch({**switches.get(name, {}), **change})
             switches[name] = switch._asdict()
             if switch == NO_SWITCH:
                 del switches[name]
@@ -137,15 +165,21 @@ class State:
         return switch
 
     async def _write(self, change: Callable[[JSON], None]) -> None:
-        for _ in range(TRIES):
+        for tried in range(TRIES):
+            await asyncio.sleep(random.uniform(0, JITTER) * tried)  # noqa: S311 not a secret
             doc, version = await self._read()
             before = orjson.dumps(doc)
             change(doc)
             body = orjson.dumps(doc)
             if body == before or await self._store.write_note(NAME, body, NEVER, int(self._clock()), over=version):
-                await self._read()
+                self._take(doc)
                 return
         raise StoreUnavailable("The shared state changes too often to be written; please try again.")
+
+
+def _switch(said: JSON) -> Switch:
+    """What else a newer gateway may say of it is its own business."""
+    return Switch(said.get("enabled"), said.get("priority"))
 
 
 NO_SWITCH = Switch()

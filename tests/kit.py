@@ -14,7 +14,7 @@ from functions.deps import Services, build
 from shared.catalog import Catalog
 from shared.errors import GatewayError
 from shared.exchange import Exchange
-from shared.keys import Keys, time_ordered
+from shared.keys import Keys, id_of, time_ordered
 from shared.schema import JSON, Surface, parse
 from shared.settings import Settings
 from shared.store.base import Generation, Store, VirtualKey
@@ -88,7 +88,7 @@ class Kit:
         return self.reply(request)
 
     async def admit(self, key: str, body: JSON, surface: Surface = "chat") -> Exchange:
-        plan = await self.gateway.plan(parse(surface, orjson.dumps(body)))
+        plan = await self.gateway.plan(parse(surface, orjson.dumps(body)), key_id=id_of(key))
         return await self.gateway.admit(plan, self.keys.credential(f"Bearer {key}"), time_ordered(time.time()))
 
     async def ask(self, key: str, body: JSON, surface: Surface = "chat") -> Outcome:

@@ -17,10 +17,9 @@ from shared.errors import ContentPolicyViolation, InvalidRequest, NoProvider, Ra
 from shared.exchange import Exchange
 from shared.gateway import Plan
 from shared.history import Context
-from shared.schema import JSON, Caching, Call, Shape, checked
+from shared.schema import JSON, Caching, Call, Id, Shape, checked
 
 router = APIRouter(tags=["models"])
-Id = Annotated[str, Field(min_length=1, max_length=256)]
 Words = Annotated[str, Field(min_length=1, max_length=1_000_000)]
 
 
@@ -50,15 +49,15 @@ async def generate(request: Request, caller: Caller, services: Offered) -> Respo
         route = chosen(services.catalog, given.get("provider"))
         messages = [{"role": "user", "content": given["prompt"]}]
         cache: JSON = given.get("cache") or {"mode": "on"}
-        return await services.gateway.plan(
-            Call("chat", {"model": route.asked, "messages": messages, "cache": cache}), route
-        )
+        call = Call("chat", {"model": route.asked, "messages": messages, "cache": cache})
+        return await services.gateway.plan(call, route, key_id=caller.key_id)
 
     def shape(completion: JSON, exchange: Exchange) -> JSON:
         provider, _ = exchange.answered_by
+        message: JSON = completion["choices"][0]["message"]
         return {
             "provider": services.catalog.providers[provider].title,
-            "output": completion["choices"][0]["message"]["content"] or "",
+            "output": message["content"] or message["refusal"] or "",
             "cached": exchange.kept is not None,
         }
 
@@ -69,13 +68,11 @@ async def generate(request: Request, caller: Caller, services: Offered) -> Respo
 async def take_turn(request: Request, caller: Caller, services: Offered) -> Response:
     """Answer a message of a session as typed events, each time by the next provider in turn."""
     asked = Asked(request, caller, services, await body(request, services.settings))
-    session: list[str] = []
 
     async def plan(raw: bytes) -> Plan:
         given = checked(TurnRequest, raw)
-        session[:] = given["user_id"], given["session_id"]
         call: JSON = {
-            "model": "auto:round-robin",
+            "model": "rr-chat/stream",  # whose turns are its own
             "messages": [{"role": "user", "content": given["message"]}],
             "stream": True,
             "user": given["user_id"],
@@ -85,8 +82,8 @@ async def take_turn(request: Request, caller: Caller, services: Offered) -> Resp
         return await services.gateway.plan(Call("chat", call), services.catalog.taking_turns())
 
     planned = await asked.checked(plan)
-    user, session_id = session
-    context = Context(services.store, caller.key_id, user, session_id)
+    said = planned.call.body
+    context = Context(services.store, caller.key_id, said["user"], said["session_id"])
     try:
         return await asked.answered(planned, context=context, events=TypedEvents())
     except (RateLimited, ContentPolicyViolation) as error:  # 200, as the seed has it

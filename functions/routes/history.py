@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import ConfigDict
 
 from functions.deps import Identified, Offered, body
 from functions.openapi import takes
 from functions.responses import JSONBytes
 from shared import history
-from shared.schema import JSON, Shape, checked, validated
+from shared.schema import JSON, Id, Shape, checked, validated
 
 router = APIRouter(tags=["account"])
-Id = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class SessionRequest(Shape):
@@ -26,6 +23,13 @@ class SessionRequest(Shape):
 
 class UserRequest(Shape):
     user_id: Id
+
+
+class ForgetRequest(UserRequest):
+    """Nothing unknown: a misspelt `session_id` would forget them all."""
+
+    model_config = ConfigDict(extra="forbid")
+
     session_id: Id | None = None
 
 
@@ -53,7 +57,7 @@ async def sessions(request: Request, key: Identified, services: Offered) -> JSON
 @router.delete("/history", response_model=None)
 async def forget(request: Request, key: Identified, services: Offered) -> JSONBytes:
     """Forget one session, or, without `session_id`, all of a user's."""
-    asked = validated(UserRequest, dict(request.query_params))
+    asked = validated(ForgetRequest, dict(request.query_params))
     return JSONBytes({"deleted": await services.store.forget(key.id, asked["user_id"], asked.get("session_id"))})
 
 

@@ -56,7 +56,7 @@ async def list_models(_: Administrator, services: Offered) -> JSONBytes:
     await services.gateway.state.read()
     known = {listing.id: listing.deployments[0] for listing in services.catalog.models() if listing.one}
     state, now = services.gateway.state, time.time()
-    for name in {*state.switches, *state.health.resting(now)} - known.keys():
+    for name in {*state.switches.named, *state.health.resting(now)} - known.keys():
         if "/" in name and (found := _found(name, services)):
             known[name] = found
     return JSONBytes({"object": "list", "data": [_deployment(to, services) for to in known.values()]})
@@ -92,7 +92,7 @@ def _found(name: str, services: Services) -> Deployment | None:
 
 def _provider(row: Provider, services: Services) -> JSON:
     state, now = services.gateway.state, time.time()
-    switch = state.switches.get(row.name)
+    switch = state.switches.named.get(row.name)
     return {
         "id": row.name,
         "object": "provider",
@@ -109,7 +109,7 @@ def _provider(row: Provider, services: Services) -> JSON:
 
 def _deployment(to: Deployment, services: Services) -> JSON:
     state, now = services.gateway.state, time.time()
-    health, own, now_so = state.health, state.switches.get(to.id), state.switched(to)
+    health, own, now_so = state.health, state.switches.named.get(to.id), state.switches.applied(to)
     resting = health.resting(now)
     return {
         "id": to.id,

@@ -19,6 +19,7 @@ from shared.config import Provider
 from shared.errors import ProviderError
 from shared.providers import refusals
 from shared.providers.dialect import Piece
+from shared.providers.pieces import MAX_TOKENS, object_of
 from shared.schema import JSON, Usage
 
 LEAKS = ("obfuscation", "p", "user_id")
@@ -49,7 +50,6 @@ FAILURES = {
     "TIMEOUT": "server",
 }
 """Finish reasons that are none: the answer broke off."""
-MAX_TOKENS = 1 << 40
 EMPTY = "The provider's answer is empty."
 
 
@@ -121,20 +121,12 @@ class ChatStream:
 
 
 class TextStream:
-    """Legacy completion chunks, native (`text`) or made of chat chunks (`delta`)."""
+    """Legacy completion chunks."""
 
-    def __init__(self, row: Provider, *, chat: bool) -> None:
+    def __init__(self, row: Provider) -> None:
         self._row = row
-        self._chat = ChatStream(row) if chat else None
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
-        if self._chat is not None:
-            pieces = self._chat(event, data)
-            for body, _ in pieces:
-                body["choices"] = [
-                    text_choice(choice, choice["delta"].get("content"), None) for choice in body["choices"]
-                ]
-            return pieces
         usage = head(event, data, self._row)
         if not data.get("choices"):
             return ending(data, usage)
@@ -157,7 +149,7 @@ def head(event: str | None, data: JSON, row: Provider) -> Usage | None:
             raise refusals.in_answer(extra)
         raw = raw or extra.get("usage")
     if choices := data.get("choices"):
-        first = _object(choices[0])
+        first = object_of(choices[0])
         if first.get("error"):
             raise refusals.in_answer(first)
         if raw is None and "usage" in first:  # Moonshot's older models
@@ -250,12 +242,8 @@ def chat(body: JSON, row: Provider) -> Piece:
     return Piece(body, usage)
 
 
-def text(body: JSON, row: Provider, *, through_chat: bool) -> Piece:
-    """A whole legacy completion, native or made of a chat answer."""
-    if through_chat:
-        piece = chat(body, row)
-        body["choices"] = [text_choice(choice, choice["message"]["content"], None) for choice in body["choices"]]
-        return piece
+def text(body: JSON, row: Provider) -> Piece:
+    """A whole legacy completion."""
     usage = _whole(body, row)
     body["choices"] = [
         text_choice(finished(choice), choice.get("text"), choice.get("logprobs")) for choice in body["choices"]
@@ -307,12 +295,12 @@ def new_id() -> str:
 
 def ledger(raw: Any, row: Provider) -> Usage | None:
     """The five kinds of token, by the provider's own rule; None where its numbers cannot be trusted."""
-    raw = _object(raw)
+    raw = object_of(raw)
     total, prompt = _count(raw.get("total_tokens")), _count(raw.get("prompt_tokens"))
     output = _count(raw.get("completion_tokens", 0))  # embeddings have none
     if prompt is None or output is None:
         return None
-    inputs, outputs = _object(raw.get("prompt_tokens_details")), _object(raw.get("completion_tokens_details"))
+    inputs, outputs = object_of(raw.get("prompt_tokens_details")), object_of(raw.get("completion_tokens_details"))
     cached = _first(inputs.get("cached_tokens"), raw.get("prompt_cache_hit_tokens"), raw.get("num_cached_tokens"))
     read = min(cached, prompt)  # Grok on Azure counts cached tokens that it does not charge
     written = min(_first(inputs.get("cache_write_tokens")), prompt - read)
@@ -346,12 +334,12 @@ def _cost(raw: JSON, row: Provider) -> int | None:
         return None
     value: Any = raw
     for step in row.cost.path.split("."):
-        value = _object(value).get(step)
+        value = object_of(value).get(step)
     dollars = _amount(value)
     if dollars is None:
         return None
     if raw.get("is_byok") is True:  # OpenRouter charges its fee, and the provider behind it bills our own account there
-        dollars += _amount(_object(raw.get("cost_details")).get("upstream_inference_cost")) or 0
+        dollars += _amount(object_of(raw.get("cost_details")).get("upstream_inference_cost")) or 0
     return round(dollars * 1_000_000_000 / row.cost.per_usd)
 
 
@@ -366,7 +354,3 @@ def _count(value: Any) -> int | None:
 
 def _first(*values: Any) -> int:
     return next((count for count in map(_count, values) if count is not None), 0)
-
-
-def _object(value: Any) -> JSON:
-    return cast("JSON", value) if isinstance(value, dict) else {}

@@ -6,26 +6,27 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import orjson
 
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.chat_only import ChatOnly
+from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
 from shared.providers.parts import data_uri
-from shared.providers.thinking import Thought, think
-from shared.schema import JSON, MAX_DEPTH, Call, Usage, too_deep
+from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
+from shared.providers.thinking import Thought, signed, think, thoughts
+from shared.providers.through_chat import ThroughChat
+from shared.schema import JSON, Call, Usage
 from shared.sse import Decoder
 
 HEADERS = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
 MAX_TOKENS = 4096
 """Where nobody says how much: the API demands a bound."""
-TAKEN = ("messages", "model", "max_tokens", "max_completion_tokens", "modalities", "n", "stream", "stream_options")
-"""What is sent by other means, or says no more than is so."""
+ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
 THOUGHTS = ("thinking", "redacted_thinking")
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
@@ -33,7 +34,6 @@ SERVICE_TIERS = {"auto": "auto", "default": "standard_only", "standard_only": "s
 NO_PARAMETERS: JSON = {"properties": {}, "additionalProperties": False}
 OWN_TOOL = re.compile(r"[a-z0-9_]+_20\d{6}")
 """`web_search_20260318`: https://platform.claude.com/docs/en/agents-and-tools/tool-use/tool-reference"""
-CALL_ID = re.compile(r"[a-zA-Z0-9_-]+")
 OPAQUE = re.compile(r"(?=.*[A-Za-z])[\w.:-]{1,256}", re.ASCII)
 """A user id that is no mail address or telephone number, which are refused."""
 
@@ -51,8 +51,8 @@ class AnthropicDialect:
         if refusals.is_refusal(body):
             raise refusals.in_answer(body)
         choice: JSON = {"index": 0, "message": _message(body, to)}
-        answers.finish(choice, _text(body["stop_reason"]))
-        return Piece({"choices": [choice]}, _usage(_object(body.get("usage"))))
+        answers.finish(choice, text_of(body["stop_reason"]))
+        return Piece({"choices": [choice]}, _usage(object_of(body.get("usage"))))
 
     def stream(self, call: Call, to: Deployment) -> Translate:
         return _Stream(to)
@@ -64,15 +64,13 @@ class AnthropicDialect:
         return refusals.failure(status, headers, content)
 
 
-DIALECT = ChatOnly(AnthropicDialect())
+DIALECT = ThroughChat(AnthropicDialect())
 
 
 # What is sent
 
 
 def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int) -> JSON:
-    for name in TAKEN:
-        parameters.take(name)
     tools, choice = _tools(parameters, to)
     thought = _thought(call, parameters, to, max_tokens, forced=bool(choice) and choice["type"] in ("any", "tool"))
     system, turns = _conversation(call.body["messages"], to, thought)
@@ -85,7 +83,7 @@ def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int) -
         "messages": turns,
         "stream": call.stream or None,
         **_sampling(parameters, thought),
-        "stop_sequences": _stop(parameters),
+        "stop_sequences": parameters.stops(blank=False) or None,
         "thinking": thought.thinking,
         "output_config": _output(parameters, to, thought),
         "metadata": _metadata(parameters),
@@ -103,10 +101,7 @@ def _thought(call: Call, parameters: Parameters, to: Deployment, max_tokens: int
             return Thought(parameters.take("thinking"), None, on=False)
         case _:
             pass  # another provider's
-    messages: list[JSON] = call.body["messages"]
-    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
-    forgotten = last is not None and bool(last.get("tool_calls")) and not _thoughts(last, to)
-    return think(call, parameters, to, max_tokens, forced=forced, forgotten=forgotten)
+    return think(call, parameters, to, max_tokens, forced=forced)
 
 
 def _sampling(parameters: Parameters, thought: Thought) -> JSON:
@@ -120,30 +115,19 @@ def _sampling(parameters: Parameters, thought: Thought) -> JSON:
     return {"temperature": temperature, "top_p": top_p, "top_k": parameters.take("top_k")}
 
 
-def _stop(parameters: Parameters) -> list[str] | None:
-    """Without those that are nothing but whitespace, which are refused."""
-    stop: str | list[str] = parameters.take("stop") or []
-    given = [stop] if isinstance(stop, str) else stop
-    kept = [sequence for sequence in given if sequence.strip()]
-    if len(kept) < len(given):
-        parameters.keep_back("stop")
-    return kept or None
-
-
 def _output(parameters: Parameters, to: Deployment, thought: Thought) -> JSON | None:
     """https://platform.claude.com/docs/en/build-with-claude/structured-outputs"""
-    form: JSON = parameters.take("response_format") or {}
     config: JSON = {"effort": thought.effort} if thought.effort else {}
-    if form.get("type") == "json_schema":
-        if not (schema := form["json_schema"].get("schema")):
-            raise unsupported(to, "response_format", "takes no 'json_schema' without a schema")
-        config["format"] = {"type": "json_schema", "schema": schema}
+    if asked := parameters.schema(to):
+        config["format"] = {"type": "json_schema", "schema": asked["schema"]}
     return config or None
 
 
 def _metadata(parameters: Parameters) -> JSON | None:
     """Who the user is stays the caller's secret, where it is one."""
     safety, user = parameters.take("safety_identifier"), parameters.take("user")
+    if user and safety not in (None, user):
+        parameters.keep_back("safety_identifier")  # there is room for one
     if not (user := user or safety):
         return None
     named = OPAQUE.fullmatch(user := str(user))
@@ -199,53 +183,32 @@ def _cached(block: JSON, said: JSON) -> JSON:
 
 def _conversation(messages: list[JSON], to: Deployment, thought: Thought) -> tuple[list[JSON], list[JSON]]:
     """What the system says, wherever it says it, and the turns of user and assistant, results of tools first."""
-    system: list[JSON] = []
-    turns: list[JSON] = []
-    for message in messages:
-        role: str = message["role"]
-        blocks = _blocks(message, to, thought)
-        if blocks:
-            blocks[-1] = _cached(blocks[-1], message)
-        if role in ("system", "developer"):
-            system += blocks
-        elif blocks:
-            role = "assistant" if role == "assistant" else "user"
-            if not turns or turns[-1]["role"] != role:
-                turns.append({"role": role, "content": []})
-            turns[-1]["content"] += blocks
-    if not turns:  # the API demands one
-        return [], [{"role": "user", "content": system}]
-    for turn in turns:
-        content: list[JSON] = turn["content"]
-        content.sort(key=lambda block: block["type"] != "tool_result")
-    last: JSON = turns[-1]["content"][-1]
-    if turns[-1]["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()  # "final assistant content cannot end with trailing whitespace"
+    ids = CallIds(to.provider.tool_ids or ".*")
+    said = ((ROLES.get(message["role"], "user"), _blocks(message, to, thought, ids)) for message in messages)
+    system, turns = in_turns(said, to)
+    as_claude_wants(turns, lambda block: block["type"] == "tool_result")
     return system, turns
 
 
-def _blocks(message: JSON, to: Deployment, thought: Thought) -> list[JSON]:
+def _blocks(message: JSON, to: Deployment, thought: Thought, ids: CallIds) -> list[JSON]:
+    """With the message's own cache point at its end."""
+    *before, last = _spoken(message, to, thought, ids) or [{}]
+    return [*before, _cached(last, message)] if last else []
+
+
+def _spoken(message: JSON, to: Deployment, thought: Thought, ids: CallIds) -> list[JSON]:
     match message:
         case {"role": "function"} | {"role": "assistant", "function_call": dict()}:
             raise unsupported(to, "messages", "does not support 'functions'")
         case {"role": "tool", "tool_call_id": call_id, "content": content}:
-            result: JSON = {"type": "tool_result", "tool_use_id": _call_id(call_id)}
+            result: JSON = {"type": "tool_result", "tool_use_id": ids.of_result(call_id)}
             return [result | ({"content": blocks} if (blocks := _content(content, to)) else {})]
         case {"role": "assistant"}:
             said = _content(message.get("content") or message.get("refusal"), to)
-            calls = [_tool_use(call, to) for call in message.get("tool_calls") or ()]
-            return [*(_thoughts(message, to) if thought.on else ()), *said, *calls]
+            calls = [_tool_use(call, to, ids) for call in message.get("tool_calls") or ()]
+            return [*(thoughts(message, to) if thought.on else ()), *said, *calls]
         case _:
             return _content(message["content"], to)
-
-
-def _thoughts(message: JSON, to: Deployment) -> list[JSON]:
-    """What this very model thought before it said this, as it signed it: only so it takes it back."""
-    match message.get("extra_content"):
-        case {"anthropic": {"model": to.model, "thinking": [*blocks]}}:
-            return [block for block in map(_object, blocks) if block.get("signature") or block.get("data")]
-        case _:
-            return []
 
 
 def _content(content: str | list[JSON] | None, to: Deployment) -> list[JSON]:
@@ -295,24 +258,9 @@ def _document(file: str, to: Deployment) -> JSON:
     raise unsupported(to, "messages", "takes no files but PDF and text in UTF-8")
 
 
-def _tool_use(call: JSON, to: Deployment) -> JSON:
-    if not (function := call.get("function")):
-        raise unsupported(to, "messages", "takes no tool calls but functions'")
-    try:
-        given = orjson.loads(function["arguments"] or "{}")
-    except orjson.JSONDecodeError:
-        given = None
-    if not isinstance(given, dict) or too_deep(given, MAX_DEPTH):
-        raise unsupported(to, "messages", "takes no tool calls whose arguments are not a JSON object")
-    use: JSON = {"type": "tool_use", "id": _call_id(call["id"]), "name": function["name"], "input": given}
-    return _cached(use, call)
-
-
-def _call_id(call_id: str) -> str:
-    """The same for the call and its result, also in a history that another provider made."""
-    if CALL_ID.fullmatch(call_id):
-        return call_id
-    return "toolu_" + hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=12).hexdigest()
+def _tool_use(call: JSON, to: Deployment, ids: CallIds) -> JSON:
+    name, _, given = function_of(call, to)
+    return _cached({"type": "tool_use", "id": ids.of_call(call["id"]), "name": name, "input": given}, call)
 
 
 # What is answered
@@ -328,34 +276,26 @@ def _message(body: JSON, to: Deployment) -> JSON:
             start, said["content"] = len(said["content"]), said["content"] + block["text"]
             annotations += _annotations(block.get("citations"), start, len(said["content"]))
     uses = [block for block in blocks if block["type"] == "tool_use"]
-    thoughts = [block for block in blocks if block["type"] in THOUGHTS]
+    thinking = [block for block in blocks if block["type"] in THOUGHTS]
     said["content"] = said["content"] or (None if uses else "")
-    if text := "".join(_text(block["thinking"]) for block in thoughts if block["type"] == "thinking"):
+    if text := "".join(text_of(block["thinking"]) for block in thinking if block["type"] == "thinking"):
         said["reasoning_content"] = text
     if uses:
-        said["tool_calls"] = [_call(block, orjson.dumps(block["input"]).decode()) for block in uses]
+        said["tool_calls"] = [
+            tool_call(block["id"], block["name"], orjson.dumps(block["input"]).decode()) for block in uses
+        ]
     if annotations:
         said["annotations"] = annotations
     if explanation := _explanation(body):
         said["refusal"] = explanation
-    if thoughts:
-        said["extra_content"] = _signed(thoughts, to)
+    if thinking:
+        said["extra_content"] = signed(thinking, to)
     return said
-
-
-def _call(block: JSON, arguments: str) -> JSON:
-    function = {"name": _text(block["name"]), "arguments": arguments}
-    return {"id": _text(block["id"]), "type": "function", "function": function}
-
-
-def _signed(thoughts: list[JSON], to: Deployment) -> JSON:
-    """What `_thoughts` takes back. Signatures are of no use to another model."""
-    return {"anthropic": {"model": to.model, "thinking": thoughts}}
 
 
 def _explanation(said: JSON) -> str:
     """Why it refuses: https://platform.claude.com/docs/en/build-with-claude/handling-stop-reasons"""
-    return _text(_object(said.get("stop_details")).get("explanation") or "")
+    return text_of(object_of(said.get("stop_details")).get("explanation") or "")
 
 
 def _annotations(citations: list[JSON] | None, start: int, end: int) -> list[JSON]:
@@ -410,30 +350,30 @@ class _Stream:
         match block["type"]:
             case "text":
                 block["start"] = self._length
-                return self._said(_text(block["text"]))
+                return self._said(text_of(block["text"]))
             case "thinking":
-                return _delta(reasoning_content=_text(block["thinking"]))
+                return delta(reasoning_content=text_of(block["thinking"]))
             case "tool_use":
                 block |= {"at": self._calls, "told": False}
                 self._calls += 1
-                return _delta(tool_calls=[{"index": block["at"], **_call(block, "")}])
+                return delta(tool_calls=[{"index": block["at"], **tool_call(block["id"], block["name"], "")}])
             case _:
                 return []
 
-    def _more(self, block: JSON, delta: JSON) -> list[Piece]:
-        match delta["type"]:
+    def _more(self, block: JSON, said: JSON) -> list[Piece]:
+        match said["type"]:
             case "text_delta":
-                return self._said(_text(delta["text"]))
+                return self._said(text_of(said["text"]))
             case "input_json_delta" if block["type"] == "tool_use":
-                return _arguments(block, _text(delta["partial_json"]))
+                return more_arguments(block, text_of(said["partial_json"]))
             case "thinking_delta":
-                block["thinking"] += delta["thinking"]
-                return _delta(reasoning_content=delta["thinking"])
+                block["thinking"] += said["thinking"]
+                return delta(reasoning_content=said["thinking"])
             case "signature_delta":
-                block["signature"] = _text(block.get("signature")) + delta["signature"]
+                block["signature"] = text_of(block.get("signature")) + said["signature"]
                 return []
             case "citations_delta":
-                block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+                block["citations"] = [*(block.get("citations") or ()), said["citation"]]
                 return []
             case _:
                 return []
@@ -441,77 +381,49 @@ class _Stream:
     def _ended(self, block: JSON) -> list[Piece]:
         match block:
             case {"type": "tool_use", "told": False}:  # no arguments, or all at the start
-                return _arguments(block, orjson.dumps(block["input"]).decode())
+                return more_arguments(block, orjson.dumps(block["input"]).decode())
             case {"type": "thinking" | "redacted_thinking"}:
                 self._thoughts.append(block)
                 return []
             case {"type": "text", "citations": [*citations]}:
-                return _delta(annotations=_annotations(citations, block["start"], self._length))
+                return delta(annotations=_annotations(citations, block["start"], self._length))
             case _:
                 return []
 
     def _said(self, text: str) -> list[Piece]:
         self._length += len(text)
-        return _delta(content=text)
+        return delta(content=text)
 
-    def _finish(self, delta: JSON) -> list[Piece]:
+    def _finish(self, said: JSON) -> list[Piece]:
         usage = _usage(self._counts)
-        if not (word := delta["stop_reason"]):
+        if not (word := said["stop_reason"]):
             return [Piece({"choices": []}, usage)]
-        signed = _signed(self._thoughts, self._to) if self._thoughts else None
+        kept = signed(self._thoughts, self._to) if self._thoughts else None
         choice: JSON = {"index": 0, "delta": {}}
-        answers.finish(choice, _text(word))
+        answers.finish(choice, text_of(word))
         return [
-            *_delta(refusal=_explanation(delta)),
-            *_delta(extra_content=signed),
+            *delta(refusal=_explanation(said)),
+            *delta(extra_content=kept),
             Piece({"choices": [choice]}, usage),
         ]
 
     def _count(self, usage: Any) -> None:
         """The last number of each kind holds: they are sums already."""
-        self._counts |= {name: count for name, count in _object(usage).items() if count is not None}
-
-
-def _delta(**said: Any) -> list[Piece]:
-    """A chunk with this in it; none where it is nothing."""
-    return [Piece({"choices": [{"index": 0, "delta": said}]})] if any(said.values()) else []
-
-
-def _arguments(block: JSON, text: str) -> list[Piece]:
-    if not text:
-        return []
-    block["told"] = True
-    return _delta(tool_calls=[{"index": block["at"], "function": {"arguments": text}}])
-
-
-def _text(value: Any) -> str:
-    """Raises TypeError for what is no text: an answer without a stop reason is none."""
-    if isinstance(value, str):
-        return value
-    raise TypeError(value)
+        self._counts |= {name: count for name, count in object_of(usage).items() if count is not None}
 
 
 def _usage(counts: JSON) -> Usage | None:
     """https://platform.claude.com/docs/en/build-with-claude/prompt-caching: the input is counted without the cache."""
     if "input_tokens" not in counts or "output_tokens" not in counts:
         return None
-    written = _count(counts, "cache_creation_input_tokens")
-    for_an_hour = min(_count(_object(counts.get("cache_creation")), "ephemeral_1h_input_tokens"), written)
-    output = _count(counts, "output_tokens")
+    written = count_of(counts, "cache_creation_input_tokens")
+    for_an_hour = min(count_of(object_of(counts.get("cache_creation")), "ephemeral_1h_input_tokens"), written)
+    output = count_of(counts, "output_tokens")
     return Usage(
-        input=_count(counts, "input_tokens"),
-        cache_read=_count(counts, "cache_read_input_tokens"),
+        input=count_of(counts, "input_tokens"),
+        cache_read=count_of(counts, "cache_read_input_tokens"),
         cache_write=written - for_an_hour,
         cache_write_1h=for_an_hour,
         output=output,
-        reasoning=min(_count(_object(counts.get("output_tokens_details")), "thinking_tokens"), output),
+        reasoning=min(count_of(object_of(counts.get("output_tokens_details")), "thinking_tokens"), output),
     )
-
-
-def _count(counts: JSON, name: str) -> int:
-    value = counts.get(name)
-    return value if type(value) is int and 0 <= value < answers.MAX_TOKENS else 0
-
-
-def _object(value: Any) -> JSON:
-    return cast("JSON", value) if isinstance(value, dict) else {}

@@ -7,29 +7,29 @@ Streams are …/API_runtime_ConverseStream.html. One shape for all models; what 
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 import orjson
-from botocore.eventstream import EventStreamBuffer, ParserError  # pyright: ignore[reportMissingTypeStubs] it has no types
+from botocore.eventstream import EventStreamBuffer, EventStreamHeaderParser, ParserError  # pyright: ignore[reportMissingTypeStubs] it has no types
 
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.chat_only import ChatOnly
+from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
 from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri
-from shared.providers.thinking import WAYS, level, think
-from shared.schema import JSON, MAX_DEPTH, Call, Usage, too_deep
+from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
+from shared.providers.thinking import WAYS, is_signed, level, signed, think, thoughts
+from shared.providers.through_chat import ThroughChat
+from shared.schema import JSON, Call, Usage
 from shared.sse import MAX_EVENT, TooLong
 
-TAKEN = ("messages", "model", "max_tokens", "max_completion_tokens", "modalities", "n", "stream", "stream_options")
-"""What is sent by other means, or says no more than is so."""
 OWN = ("guardrailConfig", "performanceConfig", "promptVariables", "requestMetadata")
 """Fields of Converse's own that callers may give as they are."""
 FURTHER = "additionalModelRequestFields"
@@ -42,6 +42,7 @@ PARTS = {
     "assistant": {"text", "refusal"},
     "tool": {"text", "image_url", "file"},
 }
+ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
 IMAGES = {f"image/{name}": name for name in ("png", "jpeg", "gif", "webp")} | {"image/jpg": "jpeg"}
 OFFICE = "application/vnd.openxmlformats-officedocument."
 DOCUMENTS = {
@@ -56,8 +57,8 @@ DOCUMENTS = {
     "text/markdown": "md",
 }
 SERVICE_TIERS = ("default", "flex", "priority", "reserved")
-CALL_IDS = {"claude": re.compile(r"[a-zA-Z0-9_-]{1,64}"), "mistral": re.compile(r"[a-zA-Z0-9]{9}")}
-CALL_ID = re.compile(r"[a-zA-Z0-9_.:-]{1,64}")
+CALL_IDS = {"claude": r"[a-zA-Z0-9_-]{1,64}", "mistral": r"[a-zA-Z0-9]{9}"}
+CALL_ID = r"[a-zA-Z0-9_.:-]{1,64}"
 """https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_ToolUseBlock.html; those two want less."""
 FORCED = ("any", "tool")
 CACHING = ("claude", "nova", "nova-2")
@@ -76,7 +77,7 @@ class BedrockDialect:
     def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
         message = _message(body["output"]["message"]["content"], to, hidden=hides_reasoning(call))
         choice: JSON = {"index": 0, "message": message}
-        answers.finish(choice, _text(body["stopReason"]))
+        answers.finish(choice, text_of(body["stopReason"]))
         return Piece({"choices": [choice]}, _usage(body.get("usage")))
 
     def stream(self, call: Call, to: Deployment) -> Translate:
@@ -90,11 +91,27 @@ class BedrockDialect:
         return refusals.failure(status, headers, content, kind)
 
 
-DIALECT = ChatOnly(BedrockDialect())
+DIALECT = ThroughChat(BedrockDialect())
 
 
+MAX_KEPT_HEADERS = 512
+"""Bytes of the headers of a frame that are remembered; an ordinary one has 80."""
 STATUSES = {"throttlingException": 429, "validationException": 400, "serviceUnavailableException": 503}
 """What the exceptions of a stream would have been before it; the others are failures of the model or the service."""
+
+
+class _Frames(EventStreamBuffer):
+    """botocore's own reader, but the headers of most frames are the same, and are parsed once."""
+
+    def _parse_headers(self) -> Any:
+        start, prelude = 12, cast("Any", self)._prelude
+        raw = cast("bytes", cast("Any", self)._data[start : prelude.headers_end])
+        return _headers(raw) if len(raw) <= MAX_KEPT_HEADERS else _headers.__wrapped__(raw)
+
+
+@lru_cache(64)
+def _headers(raw: bytes) -> Mapping[str, Any]:
+    return cast("Any", EventStreamHeaderParser()).parse(raw)
 
 
 class EventStream:
@@ -103,7 +120,7 @@ class EventStream:
     An exception becomes the event "error", whose data has its name as `type`."""
 
     def __init__(self) -> None:
-        self._frames: Any = EventStreamBuffer()
+        self._frames: Any = _Frames()
         self._size = 0
 
     def feed(self, piece: bytes, /) -> list[tuple[str | None, bytes]]:
@@ -134,7 +151,7 @@ def _event(headers: Mapping[str, Any], payload: bytes) -> tuple[str | None, byte
 def _told(payload: bytes) -> Any:
     """An exception's message; where the model behind it failed, its own."""
     try:
-        said = _object(orjson.loads(payload))
+        said = object_of(orjson.loads(payload))
     except orjson.JSONDecodeError:
         return payload.decode("utf-8", "replace")
     return said.get("originalMessage") or said.get("message")
@@ -155,8 +172,6 @@ class _Thought(NamedTuple):
 
 
 def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | None) -> JSON:
-    for name in TAKEN:
-        parameters.take(name)
     family, messages = to.provider.family(to.model), cast("list[JSON]", call.body["messages"])
     tools, choice = _tools(parameters, to, called=list(dict.fromkeys(chain.from_iterable(map(_called, messages)))))
     thought = _thought(call, parameters, to, max_tokens, forced="toolChoice" in tools or choice.get("type") in FORCED)
@@ -188,16 +203,11 @@ def _inference(parameters: Parameters, family: str | None, thought: _Thought) ->
     """Claude's newer models refuse `temperature` and `top_p` together."""
     temperature = None if thought.on else parameters.within("temperature", 0, 1)
     one = thought.on or (family == "claude" and temperature is not None)
-    stop: str | list[str] = parameters.take("stop") or []
-    given = [stop] if isinstance(stop, str) else stop
-    stops = [sequence for sequence in given if sequence.strip()]
-    if len(stops) < len(given):  # blank ones are refused
-        parameters.keep_back("stop")
     return _given(
         maxTokens=thought.max_tokens,
         temperature=temperature,
         topP=None if one else parameters.take("top_p"),
-        stopSequences=stops,
+        stopSequences=parameters.stops(blank=False),
     )
 
 
@@ -218,10 +228,8 @@ def _thought(call: Call, parameters: Parameters, to: Deployment, max_tokens: int
     family = to.provider.family(to.model)
     if family != "claude":
         return _effort(parameters, to, family, max_tokens)
-    last = next((message for message in reversed(call.body["messages"]) if message["role"] == "assistant"), None)
-    forgotten = last is not None and bool(last.get("tool_calls")) and not _thoughts(last, to)
     bound = max_tokens or to.max_output or MAX_TOKENS
-    thinking, effort, on = think(call, parameters, to, bound, forced=forced, forgotten=forgotten)
+    thinking, effort, on = think(call, parameters, to, bound, forced=forced)
     budgeted = thinking is not None and "budget_tokens" in thinking
     return _Thought(_given(thinking=thinking), effort, bound if budgeted else max_tokens, on)
 
@@ -253,13 +261,10 @@ def _effort(parameters: Parameters, to: Deployment, family: str | None, max_toke
 
 def _output(parameters: Parameters, to: Deployment, thought: _Thought) -> JSON:
     """https://docs.aws.amazon.com/bedrock/latest/userguide/structured-output.html: the schema is JSON in a string."""
-    form: JSON = parameters.take("response_format") or {}
-    if form.get("type") != "json_schema":
+    if not (asked := parameters.schema(to)):
         return _given(effort=thought.effort)
-    asked: JSON = form["json_schema"]
-    if not (schema := asked.get("schema")):
-        raise unsupported(to, "response_format", "takes no 'json_schema' without a schema")
-    described = _given(name=asked["name"], description=asked.get("description"), schema=orjson.dumps(schema).decode())
+    schema = orjson.dumps(asked["schema"]).decode()
+    described = _given(name=asked["name"], description=asked.get("description"), schema=schema)
     return _given(effort=thought.effort, textFormat={"type": "json_schema", "structure": {"jsonSchema": described}})
 
 
@@ -323,7 +328,7 @@ def _cache_point(family: str | None, *said: JSON) -> list[JSON]:
     """Anthropic's `cache_control`, as a block of its own after what it stands on; only Claude's may last an hour.
 
     Left out where there is no such cache, and not told: it changes nothing but the price."""
-    control = next(filter(None, (_object(each.get("cache_control")) for each in said)), None)
+    control = next(filter(None, (object_of(each.get("cache_control")) for each in said)), None)
     if control is None or family not in CACHING:
         return []
     ttl = control.get("ttl") if family == "claude" else None
@@ -341,27 +346,9 @@ def _conversation(messages: list[JSON], to: Deployment, *, reminded: bool) -> tu
 
     `reminded`: with what the model thought before."""
     blocks = _Blocks(to)
-    system: list[JSON] = []
-    turns: list[JSON] = []
-    for message in messages:
-        said = blocks.of(message, reminded=reminded)
-        if message["role"] in ("system", "developer"):
-            system += said
-        elif said:
-            role = "assistant" if message["role"] == "assistant" else "user"
-            if not turns or turns[-1]["role"] != role:
-                turns.append({"role": role, "content": []})
-            turns[-1]["content"] += said
-    if not turns and not system:
-        raise unsupported(to, "messages", "needs something to be said")
-    if not turns:  # the models demand a turn
-        return [], [{"role": "user", "content": system}]
-    for turn in turns:
-        content: list[JSON] = turn["content"]
-        content.sort(key=lambda block: "toolResult" not in block)
-    last: JSON = turns[-1]["content"][-1]
-    if turns[-1]["role"] == "assistant" and "text" in last:
-        last["text"] = last["text"].rstrip()  # "final assistant content cannot end with trailing whitespace"
+    said = ((ROLES.get(message["role"], "user"), blocks.of(message, reminded=reminded)) for message in messages)
+    system, turns = in_turns(said, to)
+    as_claude_wants(turns, lambda block: "toolResult" in block)
     return system, turns
 
 
@@ -372,6 +359,7 @@ class _Blocks:
         self._to = to
         self._family = to.provider.family(to.model)
         self._names: set[str] = set()
+        self._ids = CallIds(CALL_IDS.get(self._family or "", CALL_ID))
 
     def of(self, message: JSON, *, reminded: bool) -> list[JSON]:
         match message:
@@ -381,11 +369,11 @@ class _Blocks:
                 said = self._content(content, "tool")
                 points = [block for block in said if "cachePoint" in block]  # none may stand inside
                 result = [block for block in said if "cachePoint" not in block]
-                blocks = [{"toolResult": {"toolUseId": self._call_id(call_id), "content": result}}, *points[:1]]
+                blocks = [{"toolResult": {"toolUseId": self._ids.of_result(call_id), "content": result}}, *points[:1]]
             case {"role": "assistant"}:
                 said = self._content(message.get("content") or message.get("refusal"), "assistant")
-                thoughts = _thoughts(message, self._to) if reminded else []
-                blocks = [*thoughts, *said, *map(self._tool_use, message.get("tool_calls") or ())]
+                thinking = thoughts(message, self._to) if reminded else []
+                blocks = [*thinking, *said, *map(self._tool_use, message.get("tool_calls") or ())]
             case _:
                 blocks = self._content(message["content"], message["role"])
         return [*blocks, *(_cache_point(self._family, message) if blocks else ())]
@@ -438,36 +426,8 @@ class _Blocks:
         return name
 
     def _tool_use(self, call: JSON) -> JSON:
-        if not (function := call.get("function")):
-            raise unsupported(self._to, "messages", "takes no tool calls but functions'")
-        try:
-            given = orjson.loads(function["arguments"] or "{}")
-        except orjson.JSONDecodeError:
-            given = None
-        if not isinstance(given, dict) or too_deep(given, MAX_DEPTH):
-            raise unsupported(self._to, "messages", "takes no tool calls whose arguments are not a JSON object")
-        return {"toolUse": {"toolUseId": self._call_id(call["id"]), "name": function["name"], "input": given}}
-
-    def _call_id(self, call_id: str) -> str:
-        """The same for the call and its result, also in a history that another provider made."""
-        if CALL_IDS.get(self._family or "", CALL_ID).fullmatch(call_id):
-            return call_id
-        return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=16).hexdigest()[:9]
-
-
-def _thoughts(message: JSON, to: Deployment) -> list[JSON]:
-    """What this very model thought before it said this, as it signed it: only so it takes it back."""
-    match message.get("extra_content"):
-        case {"bedrock": {"model": to.model, "thinking": [*blocks]}}:
-            return [block for block in map(_object, blocks) if _is_signed(block)]
-        case _:
-            return []
-
-
-def _is_signed(block: JSON) -> bool:
-    """Or encrypted. What is neither is refused in a history: "User messages cannot contain reasoning content"."""
-    thought = _object(block.get("reasoningContent"))
-    return bool(thought.get("redactedContent") or _object(thought.get("reasoningText")).get("signature"))
+        name, _, given = function_of(call, self._to)
+        return {"toolUse": {"toolUseId": self._ids.of_call(call["id"]), "name": name, "input": given}}
 
 
 # What is answered
@@ -479,31 +439,23 @@ def _message(blocks: list[JSON], to: Deployment, *, hidden: bool) -> JSON:
     uses = [use for use in uses if use.get("type") != "server_tool_use"]
     text = "".join(_texts(blocks))
     said: JSON = {"role": "assistant", "content": text or (None if uses else "")}
-    thoughts = [block for block in blocks if "reasoningContent" in block]
-    spoken = (_object(block["reasoningContent"].get("reasoningText")).get("text") for block in thoughts)
-    if (reasoning := "".join(_text(part) for part in spoken if part is not None)) and not hidden:
+    thinking = [block for block in blocks if "reasoningContent" in block]
+    spoken = (object_of(block["reasoningContent"].get("reasoningText")).get("text") for block in thinking)
+    if (reasoning := "".join(text_of(part) for part in spoken if part is not None)) and not hidden:
         said["reasoning_content"] = reasoning
     if uses:
-        said["tool_calls"] = [_call(use, orjson.dumps(use["input"]).decode()) for use in uses]
-    if signed := [block for block in thoughts if _is_signed(block)]:
-        said["extra_content"] = _signed(signed, to)
+        said["tool_calls"] = [
+            tool_call(use["toolUseId"], use["name"], orjson.dumps(use["input"]).decode()) for use in uses
+        ]
+    if kept := [block for block in thinking if is_signed(block)]:
+        said["extra_content"] = signed(kept, to)
     return said
 
 
 def _texts(blocks: list[JSON]) -> Iterator[str]:
     for block in blocks:
-        cited: list[JSON] = _object(block.get("citationsContent")).get("content") or []
-        yield from (_text(part["text"]) for part in (block, *cited) if "text" in part)
-
-
-def _call(use: JSON, arguments: str) -> JSON:
-    function = {"name": _text(use["name"]), "arguments": arguments}
-    return {"id": _text(use["toolUseId"]), "type": "function", "function": function}
-
-
-def _signed(blocks: list[JSON], to: Deployment) -> JSON:
-    """What `_thoughts` takes back. Signatures are of no use to another model."""
-    return {"bedrock": {"model": to.model, "thinking": blocks}}
+        cited: list[JSON] = object_of(block.get("citationsContent")).get("content") or []
+        yield from (text_of(part["text"]) for part in (block, *cited) if "text" in part)
 
 
 class _Stream:
@@ -531,11 +483,9 @@ class _Stream:
                 return self._ended(data["contentBlockIndex"])
             case "messageStop":
                 choice: JSON = {"index": 0, "delta": {}}
-                answers.finish(choice, _text(data["stopReason"]))
-                signed = (
-                    _signed(self._signed, self._to) if self._signed else None
-                )  # once: clients join what comes twice
-                pieces = [*_delta(extra_content=signed), Piece({"choices": [choice]})]
+                answers.finish(choice, text_of(data["stopReason"]))
+                kept = signed(self._signed, self._to) if self._signed else None  # once: clients join what comes twice
+                pieces = [*delta(extra_content=kept), Piece({"choices": [choice]})]
             case "metadata":
                 pieces = [Piece({"choices": []}, _usage(data.get("usage")))]
             case "error":
@@ -554,25 +504,25 @@ class _Stream:
             return []
         at, self._count = self._count, self._count + 1
         self._calls[index] = {"at": at, "told": False}
-        return _delta(tool_calls=[{"index": at, **_call(use, "")}])
+        return delta(tool_calls=[{"index": at, **tool_call(use["toolUseId"], use["name"], "")}])
 
-    def _more(self, index: int, delta: JSON) -> list[Piece]:
-        match delta:
+    def _more(self, index: int, said: JSON) -> list[Piece]:
+        match said:
             case {"text": text}:
-                return _delta(content=_text(text))
+                return delta(content=text_of(text))
             case {"toolUse": {"input": arguments}}:
-                return _arguments(self._calls[index], _text(arguments))
+                return more_arguments(self._calls[index], text_of(arguments))
             case {"reasoningContent": {**thought}}:
                 known = self._thoughts.setdefault(index, {})
                 for name, part in thought.items():
-                    known[name] = _joined(name, known.get(name, ""), _text(part))
-                return [] if self._hidden else _delta(reasoning_content=thought.get("text"))
+                    known[name] = _joined(name, known.get(name, ""), text_of(part))
+                return [] if self._hidden else delta(reasoning_content=thought.get("text"))
             case _:
                 return []
 
     def _ended(self, index: int) -> list[Piece]:
         if call := self._calls.get(index):
-            return [] if call.get("told") else _arguments(call, "{}")
+            return [] if call.get("told") else more_arguments(call, "{}")
         thought = self._thoughts.pop(index, {})
         if redacted := thought.get("redactedContent"):
             self._signed.append({"reasoningContent": {"redactedContent": redacted}})
@@ -588,48 +538,20 @@ def _joined(name: str, before: str, part: str) -> str:
     return base64.b64encode(base64.b64decode(before) + base64.b64decode(part)).decode()
 
 
-def _delta(**said: Any) -> list[Piece]:
-    """A chunk with this in it; none where it is nothing."""
-    return [Piece({"choices": [{"index": 0, "delta": said}]})] if any(said.values()) else []
-
-
-def _arguments(call: JSON, text: str) -> list[Piece]:
-    if call["at"] is None or not text:
-        return []
-    call["told"] = True
-    return _delta(tool_calls=[{"index": call["at"], "function": {"arguments": text}}])
-
-
-def _text(value: Any) -> str:
-    """Raises TypeError for what is no text: an answer without a stop reason is none."""
-    if isinstance(value, str):
-        return value
-    raise TypeError(value)
-
-
 def _usage(counts: Any) -> Usage | None:
     """https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_TokenUsage.html
 
     The input is counted without the cache: https://docs.aws.amazon.com/bedrock/latest/userguide/prompt-caching.html."""
-    counts = _object(counts)
+    counts = object_of(counts)
     if "inputTokens" not in counts or "outputTokens" not in counts:
         return None
-    written = _count(counts, "cacheWriteInputTokens")
-    details = [_object(detail) for detail in counts.get("cacheDetails") or ()]
-    for_an_hour = sum(_count(detail, "inputTokens") for detail in details if detail.get("ttl") == "1h")
+    written = count_of(counts, "cacheWriteInputTokens")
+    details = [object_of(detail) for detail in counts.get("cacheDetails") or ()]
+    for_an_hour = sum(count_of(detail, "inputTokens") for detail in details if detail.get("ttl") == "1h")
     return Usage(
-        input=_count(counts, "inputTokens"),
-        cache_read=_count(counts, "cacheReadInputTokens"),
+        input=count_of(counts, "inputTokens"),
+        cache_read=count_of(counts, "cacheReadInputTokens"),
         cache_write=written - min(for_an_hour, written),
         cache_write_1h=min(for_an_hour, written),
-        output=_count(counts, "outputTokens"),
+        output=count_of(counts, "outputTokens"),
     )
-
-
-def _count(counts: JSON, name: str) -> int:
-    value = counts.get(name)
-    return value if type(value) is int and 0 <= value < answers.MAX_TOKENS else 0
-
-
-def _object(value: Any) -> JSON:
-    return cast("JSON", value) if isinstance(value, dict) else {}

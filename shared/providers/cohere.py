@@ -10,16 +10,15 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.chat_only import ChatOnly
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
+from shared.providers.pieces import count_of, delta, tool_call
+from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
 from shared.sse import Decoder
 
 OWN = ("citation_options", "documents", "priority", "safety_mode")
 """Parameters of Cohere's that callers may give as they are."""
-TAKEN = ("messages", "model", "max_tokens", "max_completion_tokens", "modalities", "n", "stream", "stream_options")
-"""What is sent by other means, or says no more than is so."""
 PARTS = {
     "system": {"text"},
     "user": {"text", "image_url"},
@@ -74,7 +73,7 @@ class CohereDialect:
         return ProviderError("policy", error.message, status=status) if status == DENIED else error
 
 
-DIALECT = ChatOnly(CohereDialect())
+DIALECT = ThroughChat(CohereDialect())
 
 
 # What is sent
@@ -85,7 +84,6 @@ def _embed(parameters: Parameters, to: Deployment) -> JSON:
     given: str | list[Any] = parameters.take("input")
     if not isinstance(given, str) and not isinstance(given[0], str):
         raise unsupported(to, "input", "takes text, not token ids")
-    parameters.take("model")
     parameters.take("encoding_format")  # base64 is made here
     return {
         "model": to.model,
@@ -99,8 +97,6 @@ def _embed(parameters: Parameters, to: Deployment) -> JSON:
 
 def _chat(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | None) -> JSON:
     body = call.body
-    for name in TAKEN:
-        parameters.take(name)
     frequency = parameters.within("frequency_penalty", 0, 1)  # "only one of" them: docs.cohere.com/reference/errors
     presence = None if frequency else parameters.within("presence_penalty", 0, 1)
     return {
@@ -114,16 +110,12 @@ def _chat(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
         "seed": parameters.within("seed", 0, MAX_SEED),
         "frequency_penalty": frequency or None,
         "presence_penalty": presence or None,
-        "stop_sequences": _stop(parameters.take("stop")),
+        "stop_sequences": parameters.stops() or None,
         "response_format": _response_format(parameters.take("response_format") or {}),
         "thinking": _thinking(parameters, to, max_tokens),
         **_tools(parameters, to),
         **{name: parameters.take(name) for name in OWN},
     }
-
-
-def _stop(stop: str | list[str] | None) -> list[str] | None:
-    return [stop] if isinstance(stop, str) else stop or None
 
 
 def _response_format(form: JSON) -> JSON | None:
@@ -243,20 +235,17 @@ def _message_of(message: JSON, *, hidden: bool) -> JSON:
     if thought and not hidden:
         said["reasoning_content"] = thought
     if calls:
-        said["tool_calls"] = [
-            {
-                "id": _text(call.get("id")) or answers.new_id(),
-                "type": "function",
-                "function": {
-                    "name": _text(call["function"]["name"]),
-                    "arguments": _text(call["function"].get("arguments")) or "{}",
-                },
-            }
-            for call in calls
-        ]
+        said["tool_calls"] = [_made(call) for call in calls]
     if citations := message.get("citations"):
         said["extra_content"] = _cited(citations)
     return said
+
+
+def _made(call: JSON, arguments: str = "{}") -> JSON:
+    """A call of its; `arguments` where it has none yet."""
+    function: JSON = call["function"]
+    given = _text(function.get("arguments")) or arguments
+    return tool_call(call.get("id") or answers.new_id(), function["name"], given)
 
 
 class _Stream:
@@ -276,7 +265,7 @@ class _Stream:
             case "tool-plan-delta":
                 return self._said("", _text(data["delta"]["message"]["tool_plan"]))
             case "tool-call-start":
-                return [self._begun(data["index"], data["delta"]["message"]["tool_calls"])]
+                return self._begun(data["index"], data["delta"]["message"]["tool_calls"])
             case "tool-call-delta":
                 arguments = _text(data["delta"]["message"]["tool_calls"]["function"]["arguments"])
                 return self._more(data["index"], arguments)
@@ -294,37 +283,33 @@ class _Stream:
 
     def _cited(self) -> list[Piece]:
         """All at once: stock clients cannot put such lists together."""
-        return [_delta(extra_content=_cited(self._citations))] if self._citations else []
+        return delta(extra_content=_cited(self._citations)) if self._citations else []
 
     def _said(self, text: str, thought: str) -> list[Piece]:
-        said = {"content": text, "reasoning_content": "" if self._hidden else thought}
-        return [_delta(**{name: value for name, value in said.items() if value})] if any(said.values()) else []
+        if not thought or self._hidden:
+            return delta(content=text)
+        return delta(reasoning_content=thought, **({"content": text} if text else {}))
 
-    def _begun(self, at: int, call: JSON) -> Piece:
+    def _begun(self, at: int, call: JSON) -> list[Piece]:
         self._calls[at] = index = len(self._calls)
-        if not (arguments := _text(call["function"].get("arguments"))):
+        made = _made(call, "")
+        if not made["function"]["arguments"]:
             self._without_arguments.add(at)
-        function = {"name": _text(call["function"]["name"]), "arguments": arguments}
-        call_id = _text(call.get("id")) or answers.new_id()
-        return _delta(tool_calls=[{"index": index, "id": call_id, "type": "function", "function": function}])
+        return delta(tool_calls=[{"index": index, **made}])
 
     def _more(self, at: int, arguments: str) -> list[Piece]:
         if not arguments:
             return []
         self._without_arguments.discard(at)
-        return [_delta(tool_calls=[{"index": self._calls[at], "function": {"arguments": arguments}}])]
+        return delta(tool_calls=[{"index": self._calls[at], "function": {"arguments": arguments}}])
 
 
-def _delta(**said: Any) -> Piece:
-    return Piece({"choices": [{"index": 0, "delta": said}]})
-
-
-def _end(delta: JSON) -> Piece:
-    if error := delta.get("error"):
+def _end(said: JSON) -> Piece:
+    if error := said.get("error"):
         raise refusals.in_answer({"error": _text(error)})
     choice: JSON = {"index": 0, "delta": {}}
-    answers.finish(choice, delta.get("finish_reason"))
-    return Piece({"choices": [choice]}, _usage(delta.get("usage")))
+    answers.finish(choice, said.get("finish_reason"))
+    return Piece({"choices": [choice]}, _usage(said.get("usage")))
 
 
 def _cited(citations: list[JSON]) -> JSON:
@@ -350,20 +335,14 @@ def _usage(counts: Any) -> Usage | None:
     billed: JSON = counts.get("billed_units") or real
     if not billed:
         return None
-    output = _count(billed, "output_tokens")
+    output = count_of(billed, "output_tokens")
     details = {
-        "prompt": {"tokens": _count(real, "input_tokens")},
-        "completion": {"tokens": _count(real, "output_tokens")},
+        "prompt": {"tokens": count_of(real, "input_tokens")},
+        "completion": {"tokens": count_of(real, "output_tokens")},
     }
     return Usage(
-        input=_count(billed, "input_tokens"),
+        input=count_of(billed, "input_tokens"),
         output=output,
-        reasoning=min(_count(real, "reasoning_tokens"), output),
+        reasoning=min(count_of(real, "reasoning_tokens"), output),
         details=details if real else {},
     )
-
-
-def _count(counts: JSON, name: str) -> int:
-    """Its documents say `number`: 11.0 is one, too."""
-    value: Any = counts.get(name, 0)
-    return int(value) if type(value) in (int, float) and 0 <= value < answers.MAX_TOKENS else 0

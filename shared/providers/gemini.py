@@ -16,10 +16,12 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.chat_only import ChatOnly
+from shared.providers.conversation import function_of, in_turns
 from shared.providers.dialect import Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri
+from shared.providers.pieces import MAX_TOKENS, text_of
+from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
 from shared.sse import Decoder
 
@@ -33,8 +35,7 @@ NAMES = {
     "logprobs": "responseLogprobs",
     "top_logprobs": "logprobs",
 }
-SAID_OTHERWISE = ("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "modalities")
-"""Parameters of OpenAI's that are heeded elsewhere, or say what Gemini does anyway."""
+ROLES = {"system": "system", "developer": "system", "assistant": "model"}
 INT32 = 1 << 31
 BUDGETS = {"none": 0, "minimal": 1024, "low": 1024, "medium": 8192, "high": 24_576, "xhigh": 32_768, "max": 32_768}
 """Tokens to think with: https://ai.google.dev/gemini-api/docs/openai#thinking"""
@@ -63,6 +64,7 @@ FINISHES = {
 }
 """https://ai.google.dev/api/generate-content#FinishReason; with any other word, such as MALFORMED_FUNCTION_CALL, the
 answer broke off."""
+TEXT = {"text"}
 SOURCES = ("citationMetadata", "groundingMetadata", "urlContextMetadata")
 COUNTS = (
     "promptTokenCount", "toolUsePromptTokenCount", "cachedContentTokenCount",
@@ -115,14 +117,17 @@ class GeminiDialect:
             choices: list[JSON] = []
             for candidate in data.get("candidates") or ():
                 index, delta = candidate.get("index", 0), _message(candidate)
-                calls: list[JSON] = delta.get("tool_calls", [])
-                first = called.get(index, 0)
-                called[index] = first + len(calls)
-                for place, made in enumerate(calls, first):
-                    made["index"] = place
-                word = candidate.get("finishReason")
-                finish = _finish(candidate, word, called=called[index] > 0) if word else {}
-                choices.append({"index": index, "delta": delta, **_logprobs(candidate), **finish})
+                if calls := delta.get("tool_calls"):
+                    first = called.get(index, 0)
+                    called[index] = first + len(calls)
+                    for place, made in enumerate(calls, first):
+                        made["index"] = place
+                choice: JSON = {"index": index, "delta": delta}
+                if "logprobsResult" in candidate:
+                    choice |= _logprobs(candidate)
+                if word := candidate.get("finishReason"):
+                    choice |= _finish(candidate, word, called=index in called)
+                choices.append(choice)
             choices = choices or [{**choice, "delta": {}} for choice in _blocked(call, data)]
             return [Piece({"choices": choices}, _ledger(data))]
 
@@ -135,11 +140,11 @@ class GeminiDialect:
         return refusals.failure(status, headers, content)
 
 
-DIALECT = ChatOnly(GeminiDialect())
+DIALECT = ThroughChat(GeminiDialect())
 
 
 def _generate(call: Call, to: Deployment, parameters: Parameters, max_tokens: int | None) -> JSON:
-    system, turns = _conversation(parameters.take("messages"), to)
+    system, turns = _conversation(call.body["messages"], to)
     body: JSON = {"contents": turns}
     if system:
         body["systemInstruction"] = {"parts": system}
@@ -155,12 +160,10 @@ def _generate(call: Call, to: Deployment, parameters: Parameters, max_tokens: in
 
 def _config(call: Call, to: Deployment, parameters: Parameters, max_tokens: int | None) -> JSON:
     config: JSON = {theirs: value for name, theirs in NAMES.items() if (value := parameters.take(name)) is not None}
-    for name in SAID_OTHERWISE:
-        parameters.take(name)
     if max_tokens is not None:
         config["maxOutputTokens"] = max_tokens
-    if stop := parameters.take("stop"):
-        config["stopSequences"] = [stop] if isinstance(stop, str) else stop
+    if stops := parameters.stops():
+        config["stopSequences"] = stops
     if (seed := parameters.within("seed", -INT32, INT32 - 1)) is not None:
         config["seed"] = seed
     match parameters.take("response_format"):
@@ -231,30 +234,25 @@ def _calling(choice: Any, to: Deployment) -> JSON | None:
 
 def _conversation(messages: list[JSON], to: Deployment) -> tuple[list[JSON], list[JSON]]:
     """The parts of the system instruction, wherever they stood, and the turns: neighbours of one role are one."""
-    system: list[JSON] = []
-    turns: list[JSON] = []
     functions: dict[str, str] = {}
-    for message in messages:
-        match message["role"]:
-            case "system" | "developer":
-                system += _parts(message["content"], to)
-                continue
-            case "user":
-                role, parts = "user", _parts(message["content"], to)
-            case "assistant":
-                role, parts = "model", _said(message, to)
-                functions |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
-            case "tool":
-                role, parts = "user", [_result(message, functions, to)]
-            case other:
-                raise unsupported(to, "messages", f"takes no messages of the role '{other}'")
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["parts"] += parts
-        elif parts:
-            turns.append({"role": role, "parts": parts})
-    if not turns:  # "contents are required"
-        return [], [{"role": "user", "parts": system}]
-    return system, turns
+    return in_turns(
+        ((ROLES.get(message["role"], "user"), _spoken(message, functions, to)) for message in messages), to, "parts"
+    )
+
+
+def _spoken(message: JSON, functions: dict[str, str], to: Deployment) -> list[JSON]:
+    """`functions`: the names of those called until now, by the ids of the calls."""
+    match message["role"]:
+        case "assistant":
+            parts = _said(message, to)
+            functions.update({call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()})
+            return parts
+        case "tool":
+            return [_result(message, functions, to)]
+        case "function":
+            raise unsupported(to, "messages", "takes no messages of the role 'function'")
+        case _:
+            return _parts(message["content"], to)
 
 
 def _said(message: JSON, to: Deployment) -> list[JSON]:
@@ -265,7 +263,7 @@ def _said(message: JSON, to: Deployment) -> list[JSON]:
     if message.get("function_call"):
         raise unsupported(to, "messages", "takes calls as 'tool_calls' only")
     google = _google(message)
-    if signature := google.get("thought_signature"):
+    if isinstance(signature := google.get("thought_signature"), str):
         last = parts.pop() if parts else {"text": ""}
         parts.append({**last, "thoughtSignature": signature})
     if isinstance(others := google.get("parts"), list):
@@ -278,17 +276,9 @@ def _said(message: JSON, to: Deployment) -> list[JSON]:
 
 def _called(call: JSON, to: Deployment) -> JSON:
     """The arguments go as they came: their order and numbers are part of what Gemini may have cached."""
-    if not (function := call.get("function")):
-        raise unsupported(to, "messages", "takes no calls but of functions")
-    arguments = function["arguments"].strip() or "{}"
-    try:
-        known = isinstance(orjson.loads(arguments), dict)
-    except orjson.JSONDecodeError:
-        known = False
-    if not known:
-        raise unsupported(to, "messages", "takes the arguments of tool calls as JSON objects only")
-    part: JSON = {"functionCall": {"id": call["id"], "name": function["name"], "args": orjson.Fragment(arguments)}}
-    if signature := _google(call).get("thought_signature"):
+    name, text, _ = function_of(call, to)
+    part: JSON = {"functionCall": {"id": call["id"], "name": name, "args": orjson.Fragment(text)}}
+    if isinstance(signature := _google(call).get("thought_signature"), str):
         part["thoughtSignature"] = signature
     return part
 
@@ -348,11 +338,13 @@ def _media(uri: str, to: Deployment) -> JSON:
 
 def _message(candidate: JSON) -> JSON:
     """What a candidate says, as a message or delta."""
+    content: JSON = candidate.get("content") or {}
+    parts: list[JSON] = content.get("parts") or []
+    if len(parts) == 1 and parts[0].keys() == TEXT and candidate.keys().isdisjoint(SOURCES):  # most chunks
+        return {"content": text_of(parts[0]["text"])} if parts[0]["text"] else {}
     text, thoughts = list[str](), list[str]()
     calls: list[JSON] = []
     google: JSON = {}
-    content: JSON = candidate.get("content") or {}
-    parts: list[JSON] = content.get("parts") or []
     for part in parts:
         signature = part.get("thoughtSignature")
         match part:
@@ -430,12 +422,14 @@ def _token(said: JSON) -> JSON:
 def _ledger(body: JSON) -> Usage | None:
     """https://ai.google.dev/api/generate-content#UsageMetadata: cached tokens are part of the prompt's, thoughts not
     of the candidates'. None where there are no numbers yet, or they cannot be trusted."""
-    raw: JSON = body.get("usageMetadata") or {}
-    prompt, tools, cached, output, thoughts = counts = [raw.get(name, 0) for name in COUNTS]
-    if not prompt or not all(type(count) is int and 0 <= count < answers.MAX_TOKENS for count in counts):
+    if not (raw := body.get("usageMetadata")):
         return None
+    prompt, tools, cached, output, thoughts = [raw.get(name, 0) for name in COUNTS]
+    for count in (prompt, tools, cached, output, thoughts):
+        if type(count) is not int or not 0 <= count < MAX_TOKENS:
+            return None
     read = min(cached, prompt)
-    return Usage(input=prompt - read + tools, cache_read=read, output=output + thoughts, reasoning=thoughts)
+    return Usage(prompt - read + tools, read, 0, 0, output + thoughts, thoughts) if prompt else None
 
 
 def _embed(to: Deployment, parameters: Parameters) -> JSON:
@@ -445,8 +439,7 @@ def _embed(to: Deployment, parameters: Parameters) -> JSON:
         raise unsupported(to, "input", "takes text, not token ids")
     if len(texts) > MAX_INPUTS:
         raise unsupported(to, "input", f"takes {MAX_INPUTS} inputs at most at a time")
-    for name in ("model", "encoding_format"):
-        parameters.take(name)
+    parameters.take("encoding_format")  # base64 is made here
     asked: JSON = {"model": f"models/{to.model}"}
     if dimensions := parameters.take("dimensions"):
         asked["outputDimensionality"] = dimensions

@@ -5,8 +5,6 @@ https://platform.openai.com/docs/api-reference/chat, …/completions and …/emb
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -16,57 +14,58 @@ from shared.catalog import Deployment
 from shared.config import Provider
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.dialect import Outgoing, Piece, Translate, guarded
+from shared.providers.conversation import CallIds
+from shared.providers.dialect import Outgoing, Piece, Translate
 from shared.providers.parameters import ours, refuse, told, unsupported
+from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call
 from shared.sse import Decoder
 
 INPUTS = {"completions": "prompt", "embeddings": "input"}
 PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
 JSON_BODY = {"content-type": "application/json"}
-REASONING = ("reasoning_content", "reasoning")
+PUT_TOGETHER = ("index", "parsed", "parsed_arguments")
+"""https://github.com/openai/openai-python: fields of its own streamed and parsed messages, which the API refuses."""
+SAID_OTHERWISE = ("reasoning_content", "reasoning", *PUT_TOGETHER)
 CACHE_POINTS = ("cache_control", "prompt_cache_breakpoint")
 """What `strips` takes from the parts of a message, too: Anthropic's, and OpenAI's own."""
-BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 class OpenAIDialect:
     """Everything is decided by the row; nothing is kept between calls."""
 
     def request(self, call: Call, to: Deployment, max_tokens: int | None) -> Outgoing:
-        row, through_chat = to.provider, _through_chat(call, to)
-        _refuse(call, to, through_chat)
-        body, dropped = _body(call, to, through_chat)
+        row = to.provider
+        _refuse(call, to)
+        body, dropped = _body(call, to)
         if call.surface == "embeddings":
             if row.base64:
                 body["encoding_format"] = call.body.get("encoding_format") or "float"
         else:
-            _limit_output(body, row, call.max_tokens or max_tokens, chat=call.surface == "chat" or through_chat)
+            _limit_output(body, row, call.max_tokens or max_tokens, chat=call.surface == "chat")
             if call.stream:
                 _ask_for_usage(body, row)
         if "messages" in body:
-            body["messages"] = [_message(message, row) for message in body["messages"]]
+            ids = CallIds(row.tool_ids) if row.tool_ids else None
+            body["messages"] = [_message(message, row, ids) for message in body["messages"]]
         if isinstance(choice := body.get("tool_choice"), str):
             body["tool_choice"] = row.tool_choice.get(choice, choice)
-        path = PATHS["chat" if through_chat else call.surface]
-        return Outgoing(row.base_url + path, {**JSON_BODY, **row.credentials}, orjson.dumps(body), dropped)
+        return Outgoing(
+            row.base_url + PATHS[call.surface], {**JSON_BODY, **row.credentials}, orjson.dumps(body), dropped
+        )
 
-    @guarded
     def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
         match call.surface:
             case "embeddings":
                 asked = call.body.get("encoding_format")
                 return answers.embeddings(body, to.provider, as_base64=asked == "base64")
             case "completions":
-                return answers.text(body, to.provider, through_chat=_through_chat(call, to))
+                return answers.text(body, to.provider)
             case "chat":
                 return answers.chat(body, to.provider)
 
     def stream(self, call: Call, to: Deployment) -> Translate:
-        row = to.provider
-        if call.surface == "chat":
-            return guarded(answers.ChatStream(row))
-        return guarded(answers.TextStream(row, chat=_through_chat(call, to)))
+        return answers.ChatStream(to.provider) if call.surface == "chat" else answers.TextStream(to.provider)
 
     def decoder(self) -> Decoder:
         return Decoder()
@@ -75,41 +74,22 @@ class OpenAIDialect:
         return refusals.failure(status, headers, content)
 
 
-DIALECT = OpenAIDialect()
+DIALECT = ThroughChat(OpenAIDialect())
 
 
-def _through_chat(call: Call, to: Deployment) -> bool:
-    return call.surface == "completions" and not to.provider.has("completions", to.model)
-
-
-def _refuse(call: Call, to: Deployment, through_chat: bool) -> None:
+def _refuse(call: Call, to: Deployment) -> None:
     """Raise UnsupportedParameter for what would change the meaning if it were left out."""
-    row, body = to.provider, call.body
-    if call.surface == "embeddings" and not row.has("embeddings", to.model):
-        raise unsupported(to, "model", "makes no embeddings")
-    if name := INPUTS.get(call.surface):
-        _refuse_input(to, name, body[name], through_chat)
-    lacking = {name for name in ("suffix", "echo") if through_chat and body.get(name)}
-    if through_chat and (body.get("best_of") or 1) > (body.get("n") or 1):
-        lacking.add("best_of")
-    refuse(call, to, lacking)
+    if (name := INPUTS.get(call.surface)) and not to.provider.token_ids:
+        given: str | list[Any] = call.body[name]
+        if isinstance(given, list) and not isinstance(given[0], str):
+            raise unsupported(to, name, "takes text, not token ids")
+    refuse(call, to)
 
 
-def _refuse_input(to: Deployment, name: str, given: str | list[Any] | None, through_chat: bool) -> None:
-    if not isinstance(given, list):
-        return
-    if not isinstance(given[0], str) and (through_chat or not to.provider.token_ids):
-        raise unsupported(to, name, "takes text, not token ids")
-    if through_chat and len(given) != 1:
-        raise unsupported(to, name, "takes one prompt at a time")
-
-
-def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, tuple[str, ...]]:
+def _body(call: Call, to: Deployment) -> tuple[JSON, tuple[str, ...]]:
     """The caller's parameters under the provider's names, without ours and without nulls; and what was dropped."""
     row, given = to.provider, call.body
     own, drops = ours(call, to), row.dropped(to.model)
-    if through_chat:
-        drops.add("logprobs")  # chat's have another shape
     dropped = {name for name in drops if given.get(name) is not None}
     body: JSON = dict(row.defaults) if call.surface != "embeddings" else {}
     for name, value in given.items():
@@ -120,11 +100,6 @@ def _body(call: Call, to: Deployment, through_chat: bool) -> tuple[JSON, tuple[s
         body["provider"] = _preferences(wish, row)
     if not row.base64:
         body.pop("encoding_format", None)
-    if through_chat:
-        prompt = body.pop("prompt")
-        body["messages"] = [{"role": "user", "content": prompt if isinstance(prompt, str) else prompt[0]}]
-        for name in ("best_of", "echo", "suffix"):
-            body.pop(name, None)
     return body, told(sorted(dropped), call, to)
 
 
@@ -155,30 +130,36 @@ def _ask_for_usage(body: JSON, row: Provider) -> None:
         body["stream_options"] = options
 
 
-def _message(message: JSON, row: Provider) -> JSON:
+def _message(message: JSON, row: Provider, ids: CallIds | None) -> JSON:
     """Clients echo an assistant's message back whole: nulls, empty lists, annotations, reasoning and all."""
     sent: JSON = {
         name: value
         for name, value in message.items()
-        if (value is not None or name == "content") and name not in row.strips and name not in REASONING
+        if (value is not None or name == "content") and name not in row.strips and name not in SAID_OTHERWISE
     }
-    if row.echoes_reasoning and (reasoning := message.get("reasoning_content") or message.get("reasoning")):
-        sent[row.echoes_reasoning] = reasoning
+    if row.echoes_reasoning and sent["role"] == "assistant":
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or row.unknown_reasoning
+        sent |= {row.echoes_reasoning: reasoning} if reasoning else {}
     if isinstance(sent.get("content"), list):
         sent["content"] = [_part(part, row) for part in cast("list[JSON]", sent["content"])]
     if sent.get("tool_calls") == []:
         del sent["tool_calls"]
     if sent["role"] == "developer" and not row.developer:
         sent["role"] = "system"
-    if "extra_content" in row.strips and any("extra_content" in call for call in sent.get("tool_calls") or ()):
-        sent["tool_calls"] = [
-            {name: value for name, value in call.items() if name != "extra_content"} for call in sent["tool_calls"]
-        ]
-    if length := row.tool_id_length:
-        if calls := sent.get("tool_calls"):
-            sent["tool_calls"] = [{**call, "id": _short_id(call["id"], length)} for call in calls]
-        if call_id := sent.get("tool_call_id"):
-            sent["tool_call_id"] = _short_id(call_id, length)
+    if calls := sent.get("tool_calls"):
+        sent["tool_calls"] = [_call(call, row, ids) for call in calls]
+    if ids and "tool_call_id" in sent:
+        sent["tool_call_id"] = ids.of_result(sent["tool_call_id"])
+    return sent
+
+
+def _call(call: JSON, row: Provider, ids: CallIds | None) -> JSON:
+    """Without what the stock client adds where it puts a stream together."""
+    sent = {name: value for name, value in call.items() if name not in row.strips and name not in PUT_TOGETHER}
+    if ids:
+        sent["id"] = ids.of_call(call["id"])
+    if call.get("function"):
+        sent["function"] = {name: value for name, value in call["function"].items() if name not in PUT_TOGETHER}
     return sent
 
 
@@ -186,13 +167,10 @@ def _part(part: JSON, row: Provider) -> JSON:
     match part:
         case {"type": "input_audio", "input_audio": {"data": data}} if row.bare_audio:
             return {**part, "input_audio": data}
+        case {"type": "file", "file": {"file_data": str(data), **more}} if row.file_urls:
+            url = data.partition(";base64,")[2] or data
+            return {"type": "file_url", "file_url": {"url": url}} | (
+                {"file_name": more["filename"]} if more.get("filename") else {}
+            )
         case _:
             return {name: value for name, value in part.items() if name not in CACHE_POINTS or name not in row.strips}
-
-
-def _short_id(call_id: str, length: int) -> str:
-    """The same for the call and its result, also in a history that another provider made."""
-    if re.fullmatch(rf"[A-Za-z0-9]{{{length}}}", call_id):
-        return call_id
-    digest = hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=length).digest()
-    return "".join(BASE62[byte % 62] for byte in digest)

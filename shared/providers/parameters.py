@@ -18,9 +18,15 @@ EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, 
 
 NEUTRAL: JSON = {
     "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "store": False,
-    "parallel_tool_calls": True,
+    "parallel_tool_calls": True, "n": 1,
 }  # fmt: skip
 """What asks for nothing, so that nothing is lost where it is dropped."""
+
+
+SAID_OTHERWISE = frozenset({
+    "messages", "model", "max_tokens", "max_completion_tokens", "modalities", "stream", "stream_options",
+})  # fmt: skip
+"""What every dialect sends by other means, or what says no more than is so."""
 
 
 class Reasoning(NamedTuple):
@@ -39,14 +45,31 @@ class Parameters:
         drops = to.provider.dropped(to.model)
         self._call = call
         self._to = to
-        self._left = {
-            name: value for name, value in call.body.items() if value is not None and name not in ours(call, to)
-        }
+        kept = ours(call, to) | SAID_OTHERWISE
+        self._left = {name: value for name, value in call.body.items() if value is not None and name not in kept}
         self._kept_back = {name: self._left.pop(name) for name in drops if name in self._left}
 
     def take(self, name: str) -> Any:
         """The value, or None where the caller gave none."""
         return self._left.pop(name, None)
+
+    def stops(self, *, blank: bool = True) -> list[str]:
+        """`stop`, as a list; without those that are nothing but whitespace, where such are not taken."""
+        stop: str | list[str] = self.take("stop") or []
+        given = [stop] if isinstance(stop, str) else stop
+        taken = [sequence for sequence in given if blank or sequence.strip()]
+        if len(taken) < len(given):
+            self.keep_back("stop")
+        return taken
+
+    def schema(self, to: Deployment) -> JSON | None:
+        """The `json_schema` of `response_format`, which is taken; raises UnsupportedParameter for one without any."""
+        form: JSON = self.take("response_format") or {}
+        if form.get("type") != "json_schema":
+            return None
+        if not form["json_schema"].get("schema"):
+            raise unsupported(to, "response_format", "takes no 'json_schema' without a schema")
+        return form["json_schema"]
 
     def within(self, name: str, least: float, most: float) -> float | None:
         """The value, or the nearest one that the provider takes: that it is another is told, as of a dropped one."""

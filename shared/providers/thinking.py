@@ -6,10 +6,11 @@ https://platform.claude.com/docs/en/build-with-claude/thinking and …/effort; w
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from shared.catalog import Deployment
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning
+from shared.providers.pieces import object_of
 from shared.schema import JSON, Call
 
 LEAST = 1024
@@ -26,13 +27,11 @@ class Thought(NamedTuple):
     on: bool
 
 
-def think(
-    call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, forced: bool, forgotten: bool
-) -> Thought:
+def think(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *, forced: bool) -> Thought:
     """What the caller asks for, in the model's own way; what cannot be is told as dropped.
 
     `max_tokens` includes what is thought. `forced`: to call a tool, at which only models that think by themselves may
-    think. `forgotten`: what was thought before the calls that are now answered, without which there is no budget:
+    think. With a budget it must be shown what it thought before the calls that are now answered:
     https://platform.claude.com/docs/en/build-with-claude/thinking-tool-workflows"""
     how = to.provider.thinks(to.model)
     effort, budget = parameters.reasoning()
@@ -44,7 +43,7 @@ def think(
         off: JSON | None = {"type": how} if how in ("disabled", "between_tools") else None
         return Thought(off, None, how in ("between_tools", "always"))
     hidden = hides_reasoning(call)
-    if how == "budget" and not forced and not forgotten and max_tokens > LEAST:
+    if how == "budget" and not forced and max_tokens > LEAST and not _forgotten(call, to):
         wish = budget or int(EFFORTS[effort or "medium"] * max_tokens)
         thinking: JSON = {"type": "enabled", "budget_tokens": max(LEAST, min(wish, max_tokens * 19 // 20))}
         return Thought(thinking | ({"display": "omitted"} if hidden else {}), None, on=True)
@@ -63,3 +62,31 @@ def level(effort: str, to: Deployment) -> str:
     known = (levels for pattern, levels in to.provider.thinking_levels.items() if fnmatchcase(to.model, pattern))
     levels, order = next(known, LEVELS), list(EFFORTS)
     return next((level for level in reversed(levels) if order.index(level) <= order.index(effort)), levels[0])
+
+
+def signed(blocks: list[JSON], to: Deployment) -> JSON:
+    """What `thoughts` takes back, as `extra_content`. Signatures are of no use to another model."""
+    return {to.provider.dialect: {"model": to.model, "thinking": blocks}}
+
+
+def thoughts(message: JSON, to: Deployment) -> list[JSON]:
+    """What this very model thought before it said this, as it signed it: only so it takes it back."""
+    kept = object_of(object_of(message.get("extra_content")).get(to.provider.dialect))
+    blocks: Any = kept.get("thinking")
+    if kept.get("model") != to.model or not isinstance(blocks, list):
+        return []
+    return [block for block in map(object_of, cast("list[Any]", blocks)) if is_signed(block)]
+
+
+def is_signed(block: JSON) -> bool:
+    """Or encrypted; on either wire. Other thoughts are refused in a history."""
+    said = object_of(block.get("reasoningContent")) or block
+    said = object_of(said.get("reasoningText")) or said
+    return bool(said.get("signature") or said.get("data") or said.get("redactedContent"))
+
+
+def _forgotten(call: Call, to: Deployment) -> bool:
+    """Whether what was thought before the last calls is not known, as they are another's, or nobody kept it."""
+    messages: list[JSON] = call.body["messages"]
+    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
+    return last is not None and bool(last.get("tool_calls")) and not thoughts(last, to)

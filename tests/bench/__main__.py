@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.bench import cold
+from tests.bench import cold, routing, translate
 from tests.bench.load import Connection, Target, many
 from tests.server import PROVIDER_KEY, ROOT, Server, gateway, serving
 
@@ -50,6 +50,8 @@ Figures = dict[str, dict[str, list[float]]]
 ROWS = {
     "cpu_ms_c1": "CPU ms a whole request, 1 at a time",
     "cpu_ms_c16": "CPU ms a whole request, 16 at a time",
+    "cpu_ms_miss": "CPU ms a whole request, cache on, a miss",
+    "cpu_ms_hit": "CPU ms a whole request, cache on, a hit",
     "wall_ms_c1": "wall ms a whole request, 1 at a time (p50)",
     "cpu_us_burst": "CPU us a chunk, burst",
     "cpu_us_paced": "CPU us a chunk, 5 to 20 ms apart",
@@ -67,11 +69,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every figure once, in seconds: a smoke test")
     plan = QUICK if parser.parse_args().quick else FULL
     began = time.monotonic()
+    progress("dialects")
+    print(f"{translate.report(translate.measure(plan.rounds))}\n")
+    progress("routes")
+    print(f"{routing.report(routing.measure(plan.rounds))}\n")
     figures = asyncio.run(measured(plan))
     print(table(figures))
     print(
         f"\n{time.monotonic() - began:.0f} s, {requests_each(plan)} requests to each; median (min..max) of the rounds"
     )
+    print(f"a hit of the cache costs 1/{saved(figures):.2f} of the CPU of a miss; the bar is 1/2")
     print(json.dumps({name: {who: summary(values) for who, values in row.items()} for name, row in figures.items()}))
     if plan is FULL:
         progress("cold starts on Lambda")
@@ -127,6 +134,10 @@ async def one_round(plan: Plan, target: Target, server: Server) -> dict[str, flo
     with cpu(server) as spent:
         await many(target, plan.requests, 16, Connection.whole)
     noted["cpu_ms_c16"] = spent[0] * 1e3 / plan.requests
+    for what in ("miss", "hit"):
+        with cpu(server) as spent:
+            await many(target, plan.requests, 1, lambda connection, what=what: connection.whole(what))
+        noted[f"cpu_ms_{what}"] = spent[0] * 1e3 / plan.requests
     with cpu(server) as spent:
         await many(target, plan.streams, 8, lambda connection: connection.stream("burst"))
     noted["cpu_us_burst"] = spent[0] * 1e6 / (plan.streams * plan.chunks)
@@ -139,7 +150,7 @@ async def one_round(plan: Plan, target: Target, server: Server) -> dict[str, flo
 
 
 def requests_each(plan: Plan) -> int:
-    return plan.rounds * (2 * plan.requests + plan.streams + plan.paced + plan.firsts)
+    return plan.rounds * (4 * plan.requests + plan.streams + plan.paced + plan.firsts)
 
 
 @contextmanager
@@ -180,6 +191,12 @@ def numbered(scratch: Path) -> Iterator[Path]:
 def progress(text: str) -> None:
     print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
     sys.stderr.flush()
+
+
+def saved(figures: Figures) -> float:
+    """How many hits cost the CPU of one miss, at the gateway."""
+    pairs = zip(figures["cpu_ms_miss"]["gateway"], figures["cpu_ms_hit"]["gateway"], strict=True)
+    return statistics.median(miss / hit if hit else float("nan") for miss, hit in pairs)
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -7,9 +7,11 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Self
 
 END = b"0\r\n\r\n"
+NUMBERS = count()
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,12 @@ class Target:
     key: str
 
     def request(self, what: str) -> bytes:
-        """A chat request that tells the mock what to do."""
-        asked = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": what}], "max_tokens": 300}
-        if what != "whole":
+        """A chat request that tells the mock what to do; a `hit` is always the same, a `miss` never."""
+        text = f"{what} {next(NUMBERS)}" if what == "miss" else what
+        asked = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": text}], "max_tokens": 300}
+        if what in ("hit", "miss"):
+            asked["cache"] = {"mode": "on"}
+        elif what != "whole":
             asked |= {"stream": True, "stream_options": {"include_usage": True}}
         body = json.dumps(asked).encode()
         head = (
@@ -45,10 +50,10 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         self.writer.close()
 
-    async def whole(self) -> float:
-        """Seconds to the whole answer."""
+    async def whole(self, what: str = "whole") -> float:
+        """Seconds to the whole answer; for a `hit` or a `miss` the gateway's cache is on."""
         sent = time.perf_counter()
-        self.writer.write(self.target.request("whole"))
+        self.writer.write(self.target.request(what))
         head = await self.reader.readuntil(b"\r\n\r\n")
         length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
         body = await self.reader.readexactly(int(length))

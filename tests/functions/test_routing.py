@@ -226,7 +226,7 @@ async def test_a_wrong_switch_changes_nothing(door: Door, path: str, body: Any, 
     assert answer.status_code == seen[0]
     if seen[1]:
         assert refusal(answer) == seen
-    assert not door.services.gateway.state.switches
+    assert not door.services.gateway.state.switches.named
 
 
 async def test_what_fails_rests_in_every_process_until_it_is_woken(tmp_path: Path, provider: Upstream) -> None:
@@ -283,7 +283,7 @@ async def test_many_processes_write_the_state_without_losing_a_word(tmp_path: Pa
         ]
         assert {answer.status_code for answer in await asyncio.gather(*changes)} == {200}
         await one.services.gateway.state.read()
-        assert set(one.services.gateway.state.switches) == set(names)
+        assert set(one.services.gateway.state.switches.named) == set(names)
 
 
 async def test_a_key_of_few_models_routes_over_those(door: Door) -> None:

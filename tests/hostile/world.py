@@ -93,6 +93,7 @@ async def populated(server: Server, upstream: Upstream, database: Path) -> Async
         }
         status, generation = await asyncio.to_thread(server.ask, "POST", "/v1/chat/completions", key_b, asked)
         assert status == 200, generation
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": "of A"}]}
         status, own = await asyncio.to_thread(server.ask, "POST", "/v1/chat/completions", key, asked)
         assert status == 200, own
         world.words |= {

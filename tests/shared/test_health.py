@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import FAULTS, ProviderError
-from shared.health import ACCOUNT, AT_ONCE, LONGEST_REST, NEUTRAL, REST, Health, Rest, RetryBudget
+from shared.health import ACCOUNT, AT_ONCE, LONGEST_REST, MOST, NEUTRAL, PROBE, REST, Health, Rest, RetryBudget
 
 NOW = 1_800_000_000.0
 SERVER = ProviderError("server", "x")
@@ -24,7 +24,7 @@ def test_every_fault_that_is_told_apart_exists() -> None:
 
 def test_a_success_between_failures_keeps_a_deployment_up() -> None:
     health = broken(2)
-    health.succeeded("a/x")
+    health.succeeded("a/x", NOW - 60)
     health.failed("a/x", SERVER, NOW)
     assert health.resting(NOW) == {}
 
@@ -35,7 +35,7 @@ def test_after_a_rest_one_request_probes() -> None:
     assert health.resting(later) == {}
     health.begin("a/x", later)
     assert "a/x" in health.resting(later), "the others wait for the probe"
-    assert health.succeeded("a/x") == ["a/x"]
+    assert health.succeeded("a/x", later) == ["a/x"]
     assert health.resting(later) == {}
 
 
@@ -54,6 +54,69 @@ def test_a_probe_that_was_given_up_lets_the_next_one_through() -> None:
     health.begin("a/x", later)
     health.end("a/x")  # its caller hung up
     assert health.resting(later) == {}
+
+
+def test_who_asked_before_the_rest_does_not_end_it() -> None:
+    health = broken()
+    assert health.succeeded("a/x", NOW - 5) == [], "a stream that began when all was well"
+    assert "a/x" in health.resting(NOW + 1)
+    assert health.succeeded("a/x", NOW + 1) == ["a/x"], "the last one standing was asked all the same"
+    health.learn({"a/x": Rest(NOW + 50, "server")}, NOW)
+    assert health.succeeded("a/x", NOW - 1) == []
+
+
+@pytest.mark.parametrize(("error", "seconds"), [(SERVER, REST), (ProviderError("rate_limit", "x"), 5.0)])
+def test_many_failures_at_once_are_one(error: ProviderError, seconds: float) -> None:
+    health = Health()
+    told = [health.failed("a/x", error, NOW + number / 100) for number in range(20)]
+    assert len([each for each in told if each]) == 1, "each change is written for the others"
+    assert health.resting(NOW)["a/x"].until < NOW + seconds + 1
+
+
+def test_a_graver_or_much_longer_rest_takes_the_place_of_the_last() -> None:
+    health = Health()
+    health.failed("a/x", ProviderError("auth", "x"), NOW)
+    assert health.failed("a/x", ProviderError("money", "x"), NOW) == ("a", Rest(NOW + 600, "money"))
+    health.failed("b/x", ProviderError("rate_limit", "x", retry_after=2), NOW)
+    assert health.failed("b/x", ProviderError("rate_limit", "x", retry_after=9), NOW) is None
+    assert health.failed("b/x", ProviderError("rate_limit", "x", retry_after=30), NOW) == (
+        "b/x",
+        Rest(NOW + 30, "rate_limit"),
+    )
+
+
+def test_who_may_not_use_one_model_may_use_another() -> None:
+    health = Health()
+    health.failed("bedrock/a", ProviderError("auth", "x", status=403), NOW)
+    assert health.resting(NOW).keys() == {"bedrock/a"}
+    health.failed("bedrock/a", ProviderError("auth", "x", status=401), NOW)
+    assert health.resting(NOW).keys() == {"bedrock/a", "bedrock"}
+
+
+def test_a_probe_that_never_ends_is_not_waited_for() -> None:
+    health, later = broken(), NOW + REST + 1
+    health.begin("a/x", later)
+    assert health.resting(later + PROBE - 1)
+    assert not health.resting(later + PROBE + 1)
+
+
+def test_names_that_callers_make_up_fill_no_memory() -> None:
+    health = Health()
+    for number in range(MOST + 100):
+        health.failed(f"a/{number}", ProviderError("model_gone", "x"), NOW)
+        health.measure(f"b/{number}", 1.0, 1.0, NOW)
+        health.measure("c/x", 2.0, 50.0, NOW)
+    assert len(health.resting(NOW)) == len(health.latencies(NOW)) == len(health.throughputs(NOW)) == MOST
+    assert "c/x" in health.latencies(NOW), "who is asked often stays"
+
+
+def test_what_was_measured_is_known_at_once_and_fades_within_seconds() -> None:
+    health = Health()
+    health.measure("a/x", 9.0, None, NOW)
+    first = health.latencies(NOW)["a/x"]
+    health.measure("a/x", 9.0, None, NOW + 1)
+    assert health.latencies(NOW + 1)["a/x"] > first
+    assert health.latencies(NOW + 1000)["a/x"] < first
 
 
 def test_what_a_provider_says_about_waiting_is_obeyed() -> None:

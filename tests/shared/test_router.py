@@ -12,7 +12,7 @@ import pytest
 from shared.catalog import Deployment, Strategy
 from shared.config import Provider
 from shared.errors import ContextLengthExceeded, Forbidden, InvalidRequest, ModelNotFound, Overloaded, ProviderError
-from shared.health import Health
+from shared.health import Health, Rest
 from shared.prices import Price
 from shared.router import (
     NO_PREFERENCES,
@@ -23,10 +23,12 @@ from shared.router import (
     Removal,
     awake,
     filtered,
+    one_each,
     ordered,
     permitted,
     switched_on,
 )
+from shared.state import Switch, Switches
 from shared.store.base import VirtualKey
 
 NOW = 1_800_000_000.0
@@ -277,3 +279,53 @@ def test_an_account_without_money_is_never_asked() -> None:
     failing(health, "b/x", "server")
     assert rested(pool(to("a/x"), to("b/x")), health) == ["b/x"]
     assert rested(members, health, NOW + 601) == ["a/x", "a/y"]
+
+
+def test_equals_share_under_every_strategy_that_measures() -> None:
+    members, dice = pool(*(to(f"p{n}/x") for n in range(4)), to("z/x", (9, 9), priority=-1)), Random(3).random
+    for strategy in ("price", "latency", "throughput"):
+        firsts = Counter(order(members, strategy, dice=dice)[0] for _ in range(400))
+        if strategy == "price":
+            assert all(60 < firsts[f"p{n}/x"] < 140 for n in range(4)), strategy
+        else:
+            assert firsts == {"z/x": 400}, "nobody was measured: by priority"
+
+
+@pytest.mark.parametrize("names", [("a", "a/x"), ("a/x", "a")])
+def test_of_two_rests_the_graver_counts(names: tuple[str, str]) -> None:
+    health, members = Health(), pool(to("a/x"), to("a/y"))
+    rests = {"a": Rest(NOW + 50, "money"), "a/x": Rest(NOW + 90, "server")}
+    health.learn({name: rests[name] for name in names}, NOW)
+    with pytest.raises(Overloaded):
+        rested(members, health)
+
+
+def test_what_is_left_of_many_is_worked_out_once() -> None:
+    """A route over all there is has a thousand candidates, and each request asks for the same few of them."""
+    members, removed = pool(*(to(f"p{n}/x", context_window=1000 + n) for n in range(30))), list[Removal]()
+    key = VirtualKey("k", "h", "n", models=("p1/*", "p2/*"))
+    switches = Switches({"p2": Switch(enabled=False)})
+
+    def parted() -> Pool:
+        long = filtered(members, Needs({"tools"}, 990, 0, 11), Preferences.of({"ignore": ["p9"]}), removed)
+        return switched_on(permitted(long, key, None, removed), removed, switches.applied)
+
+    assert parted() is parted()
+    assert ids(parted()) == ["p1/x"]
+    assert Counter(removal.filter for removal in removed) == {
+        "provider": 3, "context": 3, "permission": 3 * 26, "enabled": 3
+    }  # fmt: skip
+    other = Switches({"p2": Switch(enabled=True)})
+    assert ids(switched_on(permitted(members, key, None, removed), removed, other.applied)) == ["p1/x", "p2/x"]
+    assert switched_on(members, removed, Switches({"q": Switch(enabled=False)}).applied) is members
+
+
+def test_what_nobody_knows_of_max_price_is_for_others() -> None:
+    members = pool(to("a/x"), to("b/x", (5, 5)))
+    wish = Preferences.of({"max_price": {"image": [1], "prompt": None, "completion": 2}})
+    assert ids(filtered(members, NEEDS, wish, [])) == ["a/x"]
+
+
+def test_the_first_of_each_provider_takes_turns_and_named_fallbacks_stay() -> None:
+    members = pool(to("a/x"), to("a/y", priority=1), to("b/x"), to("a/z"), ranks=[0, 0, 0, 1])
+    assert ids(one_each(members)) == ["a/x", "b/x", "a/z"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,11 @@ def test_a_user_who_is_no_opaque_id_is_told_as_one(user: str) -> None:
     assert told == sent(ask(safety_identifier=user))["metadata"]["user_id"]
 
 
+def test_of_two_names_of_a_user_the_other_is_told_as_dropped() -> None:
+    assert dropped(ask(user="u1", safety_identifier="u1")) == ()
+    assert dropped(ask(user="u1", safety_identifier="s1")) == ("safety_identifier",)
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -292,8 +298,16 @@ def test_an_answer_begun_for_it_ends_without_whitespace() -> None:
 def test_foreign_call_ids_become_its_own(call_id: str) -> None:
     (_, (_, [use]), (_, [answered])) = conversation(*HI, calling(call_id), result(call_id))
     assert use["id"] == answered["tool_use_id"]
-    assert use["id"].startswith("toolu_")
+    assert re.fullmatch("[a-zA-Z0-9_-]+", use["id"])
     assert use["id"] != call_id
+
+
+def test_calls_of_one_id_in_two_turns_become_two() -> None:
+    """ "`tool_use` ids must be unique"; Kimi's are of their turn."""
+    turn = [calling("functions.f:0"), result("functions.f:0")]
+    blocks = [block for _, said in conversation(*HI, *turn, *turn) for block in said if block["type"] != "text"]
+    first, answered, second, answered_too = (block.get("id") or block["tool_use_id"] for block in blocks)
+    assert first == answered != second == answered_too
 
 
 def test_cache_points_pass_wherever_they_stand() -> None:
@@ -490,6 +504,14 @@ def test_without_its_thoughts_an_open_call_is_answered_without_thinking(extra: d
 def test_thoughts_of_what_was_answered_long_ago_are_not_demanded() -> None:
     done = [*HI, calling("1"), result("1"), {"role": "assistant", "content": "Done."}, *HI]
     assert sent(ask(messages=done, reasoning_effort="low"))["thinking"] == enabled(12800)
+
+
+def test_what_chats_alone_have_nobody_has_checked_in_a_legacy_completion() -> None:
+    odd = {"messages": [1], "tools": 5, "response_format": "x", "max_completion_tokens": -5, "session_id": 7}
+    call = Call("completions", {"model": "m", "prompt": "Once", "max_tokens": 4, **odd})
+    assert sent(call)["messages"] == [{"role": "user", "content": [text("Once")]}]
+    assert sent(call)["max_tokens"] == 4
+    assert dropped(call) == ("max_completion_tokens", "messages", "response_format", "tools")
 
 
 def test_a_legacy_completion_is_one_user_message() -> None:

@@ -19,11 +19,11 @@ from pydantic import SecretStr
 from shared.catalog import Deployment
 from shared.config import Provider, ReportedCost
 from shared.errors import FAULTS, ProviderError, UnsupportedParameter
-from shared.providers.openai import OpenAIDialect
+from shared.providers import openai
 from shared.providers.refusals import clean
 from shared.schema import Call, Usage
 
-DIALECT = OpenAIDialect()
+DIALECT = openai.DIALECT
 STREAM_WORDS = ["choices", "delta", "message", "content", "tool_calls", "function", "arguments", "index", "id", "type"]
 OTHER_WORDS = ["text", "finish_reason", "usage", "prompt_tokens", "cost", "data", "embedding", "error", "code", "loc"]
 ODD_WORDS = [
@@ -40,6 +40,7 @@ ODD_WORDS = [
 ]
 WORDS = st.sampled_from([*STREAM_WORDS, *OTHER_WORDS, *ODD_WORDS])
 HI = [{"role": "user", "content": "Hi"}]
+SAID = {"role": "assistant", "content": "a"}
 CHAT = Call("chat", {"model": "asked", "messages": HI})
 
 
@@ -195,12 +196,57 @@ def test_tool_ids_are_mapped_alike_for_call_and_result() -> None:
 
     found = set()
     for call_id in ("call_abcdefghijklmnop", "toolu_01", "x", "ünï", "aB3dE6gH9"):
-        _, assistant, tool = sent(history(call_id), at(tool_id_length=9))["messages"]
+        _, assistant, tool = sent(history(call_id), at(tool_ids="[A-Za-z0-9]{9}"))["messages"]
         assert re.fullmatch("[A-Za-z0-9]{9}", tool["tool_call_id"])
         assert assistant["tool_calls"][0]["id"] == tool["tool_call_id"]
         found.add(tool["tool_call_id"])
     assert len(found) == 5
     assert "aB3dE6gH9" in found
+
+
+def test_two_turns_of_one_id_become_two_where_ids_have_a_form() -> None:
+    made = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = [{"role": "assistant", "content": None, "tool_calls": [made]}, {"role": "tool", "content": "1"}]
+    turn[1]["tool_call_id"] = "functions.f:0"
+    kept = sent(ask(messages=[*HI, *turn, *turn]), at())["messages"]
+    assert [each["tool_call_id"] for each in kept if each["role"] == "tool"] == ["functions.f:0"] * 2
+    _, *messages = sent(ask(messages=[*HI, *turn, *turn]), at(tool_ids=".{1,40}"))["messages"]
+    first, answered, second, answered_too = (
+        each.get("tool_call_id") or each["tool_calls"][0]["id"] for each in messages
+    )
+    assert first == answered == "functions.f:0"
+    assert first != second == answered_too
+
+
+def test_what_the_stock_client_adds_to_messages_stays_here() -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {}}
+    call = {"id": "c", "type": "function", "index": 0, "function": function}
+    said = {"role": "assistant", "content": "", "parsed": None, "tool_calls": [call]}
+    _, assistant = sent(ask(messages=[*HI, said]), at())["messages"]
+    made = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert assistant == {"role": "assistant", "content": "", "tool_calls": [made]}
+
+
+def test_reasoning_that_is_not_known_is_stood_for_where_it_must_be_there() -> None:
+    history = ask(messages=[*HI, {"role": "assistant", "content": "a", "reasoning_content": "r"}, *HI, SAID, *HI])
+    row = at(echoes_reasoning="reasoning_content", unknown_reasoning=" ")
+    thoughts = [each.get("reasoning_content") for each in sent(history, row)["messages"]]
+    assert thoughts == [None, "r", None, " ", None]
+
+
+def test_files_go_as_urls_where_that_is_the_providers_way() -> None:
+    parts = [
+        {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0=", "filename": "a.pdf"}},
+        {"type": "file", "file": {"file_data": "https://example.com/a.pdf"}},
+    ]
+    row = at(file_urls=True, refuses=("file_id",))
+    assert sent(ask(messages=[{"role": "user", "content": parts}]), row)["messages"][0]["content"] == [
+        {"type": "file_url", "file_url": {"url": "JVBERi0="}, "file_name": "a.pdf"},
+        {"type": "file_url", "file_url": {"url": "https://example.com/a.pdf"}},
+    ]
+    by_id = ask(messages=[{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}])
+    with pytest.raises(UnsupportedParameter, match="file_id"):
+        DIALECT.request(by_id, row, None)
 
 
 # Legacy completions

@@ -1,4 +1,4 @@
-"""Providers without OpenAI's legacy completions: the prompt is asked as one user message, the answer told as text."""
+"""Models without OpenAI's legacy completions: the prompt is asked as one user message, the answer told as text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers.answers import text_choice
 from shared.providers.dialect import Decoder, Dialect, Outgoing, Piece, Translate, guarded
-from shared.providers.parameters import refuse, told, unsupported
-from shared.schema import JSON, Call
+from shared.providers.parameters import ours, refuse, told, unsupported
+from shared.schema import JSON, Call, ChatRequest, CompletionRequest
 
-LEGACY = ("prompt", "best_of", "echo", "suffix", "logprobs")
+LEGACY = frozenset({"prompt", "best_of", "echo", "suffix", "logprobs"})
+CHATS = frozenset(ChatRequest.model_fields.keys() - CompletionRequest.model_fields.keys())
+"""Parameters that legacy completions do not have, so that nobody has checked them."""
 
 
-class ChatOnly:
-    """A dialect that is asked for chats and, if the row says so, for embeddings only; what it reads is guarded."""
+class ThroughChat:
+    """A dialect that is asked for chats and, of the models that the row names, for embeddings and legacy completions.
+
+    What it reads is guarded."""
 
     def __init__(self, inner: Dialect) -> None:
         self._inner = inner
@@ -24,27 +28,33 @@ class ChatOnly:
     def request(self, call: Call, to: Deployment, max_tokens: int | None) -> Outgoing:
         if call.surface == "embeddings" and not to.provider.has("embeddings", to.model):
             raise unsupported(to, "model", "makes no embeddings")
-        if call.surface != "completions":
+        if not _lacks(call, to):
             return self._inner.request(call, to, max_tokens)
         _refuse(call, to)
         outgoing = self._inner.request(_as_chat(call), to, max_tokens)
-        if call.body.get("logprobs") is None:  # chat's have another shape
-            return outgoing
-        return outgoing._replace(dropped=(*outgoing.dropped, *told(["logprobs"], call, to)))
+        lost = {"logprobs", *CHATS} - ours(call, to)  # chat's logprobs have another shape
+        dropped = told(sorted(name for name in lost if call.body.get(name) is not None), call, to)
+        return outgoing._replace(dropped=(*outgoing.dropped, *dropped))
 
     def completion(self, call: Call, to: Deployment, body: JSON) -> Piece:
-        piece = guarded(self._inner.completion)(_as_chat(call), to, body)
-        return _as_text([piece])[0] if call.surface == "completions" else piece
+        read = guarded(self._inner.completion)
+        return _as_text([read(_as_chat(call), to, body)])[0] if _lacks(call, to) else read(call, to, body)
 
     def stream(self, call: Call, to: Deployment) -> Translate:
+        if not _lacks(call, to):
+            return guarded(self._inner.stream(call, to))
         translate = guarded(self._inner.stream(_as_chat(call), to))
-        return (lambda event, data: _as_text(translate(event, data))) if call.surface == "completions" else translate
+        return lambda event, data: _as_text(translate(event, data))
 
     def decoder(self) -> Decoder:
         return self._inner.decoder()
 
     def failure(self, status: int, headers: Mapping[str, str], content: bytes) -> ProviderError:
         return self._inner.failure(status, headers, content)
+
+
+def _lacks(call: Call, to: Deployment) -> bool:
+    return call.surface == "completions" and not to.provider.has("completions", to.model)
 
 
 def _refuse(call: Call, to: Deployment) -> None:
@@ -62,10 +72,8 @@ def _refuse(call: Call, to: Deployment) -> None:
 
 
 def _as_chat(call: Call) -> Call:
-    if call.surface != "completions":
-        return call
     prompt = call.body["prompt"]
-    body = {name: value for name, value in call.body.items() if name not in LEGACY}
+    body = {name: value for name, value in call.body.items() if name not in LEGACY | CHATS}
     body["messages"] = [{"role": "user", "content": prompt if isinstance(prompt, str) else prompt[0]}]
     return Call("chat", body)
 
