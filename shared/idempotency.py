@@ -119,7 +119,7 @@ def _first(note: bytes, mark: JSON) -> Replay:
             message = "A request with this Idempotency-Key is still running."
             raise InProgress(message, headers={"retry-after": "1"})
         case "long":
-            message = f"A request with this Idempotency-Key was answered, at too great length to be kept: {PREFIX}{first['id']}."
+            message = f"A request with this Idempotency-Key was answered, too long to be kept: {PREFIX}{first['id']}."
             raise InProgress(message, headers={"x-should-retry": "false"})
         case _:
             return Replay(first["id"], first["status"], first["headers"], body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ async def test_what_a_check_refuses_is_not_sent_and_costs_nothing(
             refused = await door.ask("POST", path, {**body, "stream": stream} if stream else body, made["key"])
             assert refusal(refused) == (400, "content_policy_violation", None)
             assert refused.json()["error"]["message"] == "The safety check 'words' refused this request."
-        assert await door.key(made["id"]) == before
+        after = await door.key(made["id"])
+        assert replace(after, windows={}) == before
+        assert {name: after.limits[name[0]] for name in after.windows} == after.windows, "all is given back"
         assert provider.seen == []
         assert refusal(await door.ask("POST", path, body, made["key"][:-1])) == (401, "invalid_api_key", None)
 

@@ -170,7 +170,8 @@ def test_models_lists_what_is_on() -> None:
     assert "together/shared-model" in listed
     assert not [name for name in listed if name.startswith(("mistral/", "azure/"))]
     assert "openai/gpt-4o-transcribe" not in listed  # not on our surfaces
-    assert next(name.id for name in load(FIREWORKS_API_KEY="f").models() if "/" in name.id) == "fireworks/accounts/fireworks/models/gpt-oss-20b"
+    found = load(FIREWORKS_API_KEY="f").models()
+    assert next(each.id for each in found if each.one) == "fireworks/accounts/fireworks/models/gpt-oss-20b"
 
 
 def test_a_deployer_changes_rows_and_adds_providers(tmp_path: Path) -> None:
