@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -14,9 +13,10 @@ from functions.deps import Services, body
 from functions.responses import Events, EventStream, JSONBytes, Listener, answer_headers, never, stopping
 from shared.errors import GatewayError, InvalidRequest, NoProvider, NotFound
 from shared.exchange import Exchange
-from shared.gateway import Gateway, Plan, Reading
+from shared.gateway import Gateway, Reading
 from shared.idempotency import InProgress, Replay, Ticket
 from shared.keys import Credential
+from shared.planning import Plan
 from shared.schema import JSON, Surface, parse
 
 
@@ -36,10 +36,10 @@ class Asked:
     services: Services
     raw: bytes
 
-    async def checked(self, plan: Callable[[bytes], Coroutine[Any, Any, Plan]]) -> Plan:
+    async def checked(self, plan: Callable[[bytes], Plan]) -> Plan:
         """What is planned for the body; a bad key is told 401, whatever else is wrong."""
         try:
-            return await plan(self.raw)
+            return plan(self.raw)
         except (InvalidRequest, NotFound, NoProvider):
             await self.services.keys.identify(self.caller)
             raise

@@ -7,39 +7,31 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from shared import history
 from shared.answer import Answer
-from shared.cache import Cache, Kept, Lookup
-from shared.catalog import Catalog, Deployment, Route, Strategy
+from shared.cache import Cache, Kept
+from shared.catalog import Catalog, Deployment
 from shared.errors import (
     Forbidden,
     GatewayError,
-    InvalidRequest,
-    ModelNotFound,
     Overloaded,
     ProviderError,
-    UnsupportedParameter,
 )
 from shared.exchange import Attempt, Exchange, Routing
 from shared.health import RetryBudget, blames_account
 from shared.keys import Credential
 from shared.limits import GRACE, Limits
+from shared.planning import DEFAULT_OUTPUT, Plan, Planner
 from shared.providers.dialect import Outgoing
 from shared.router import (
     MAX_ATTEMPTS,
     MOST_TOLD,
-    NO_PREFERENCES,
-    Candidate,
-    Needs,
     Order,
-    Pool,
-    Preferences,
     Removal,
     awake,
-    filtered,
     one_each,
     ordered,
     permitted,
@@ -56,8 +48,6 @@ from shared.vault import Vault
 Chunks: TypeAlias = AsyncGenerator[list[JSON], None]
 """What each read of a stream brought, as OpenAI's chunks; an error event is the last."""
 
-DEFAULT_OUTPUT = 4096
-"""Output tokens that are reserved at a time where the caller set no bound."""
 TOKENS_PER_CHARACTER = 3
 """At most: between two looks at the meter, which cost more than a chunk, a stream cannot outgrow its hold."""
 LONGEST_WAIT = 2.0
@@ -66,26 +56,6 @@ JITTER = (0.05, 0.2)
 """Seconds before a second try."""
 
 Admission = TypeVar("Admission")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A checked request, who can answer it, and what the first of them would be sent: nothing is spent yet.
-
-    `turn`: the route whose turn is taken. `removed`: who cannot answer, and why."""
-
-    call: Call
-    pool: Pool
-    outgoing: Outgoing | None
-    strategy: Strategy
-    wish: Preferences
-    needs: Needs
-    prompt: Prompt
-    output: int
-    removed: list[Removal]
-    automatic: bool = False
-    turn: str | None = None
-    lookup: Lookup | None = None
 
 
 class Reading(Protocol):
@@ -116,101 +86,17 @@ class Gateway:
         self._limits = limits
         self._upstream = upstream
         self._store = store
-        self._cache = Cache(store, clock)
         self._vault = Vault(store, clock)
         self._examine = examine
         self._total_timeout = total_timeout
         self._clock = clock
         self._dice = dice
         self._retries = RetryBudget()
-        self._pools: dict[tuple[str, str], Pool] = {}
+        self.plan = Planner(catalog, upstream, Cache(store, clock)).plan  # the first step of each request
         self.state = State(store, clock)
         self.open: set[Exchange] = set()
         self.answered = 0
         self._idle = asyncio.Event()
-
-    async def plan(
-        self,
-        call: Call,
-        route: Route | None = None,
-        removed: list[Removal] | None = None,
-        key_id: str | None = None,
-    ) -> Plan:
-        """Names to deployments that can be asked this; `route` stands for what the call's name means.
-
-        `removed` learns who cannot, also where nobody can. `key_id`: for whom an answer may be kept.
-        Raises ModelNotFound, NoProvider or InvalidRequest, before the key is charged."""
-        routes = [route] if route else [self._catalog.resolve(name) for name in (call.model, *call.fallbacks)]
-        removed = [] if removed is None else removed
-        pool = self._pool(call, routes)
-        wish, first = self._wish(call, pool), [candidate.to for candidate in pool.candidates[:MAX_ATTEMPTS]]
-        prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, first)
-        needs = Needs(
-            call.features, prompt.estimate(first[0].model), output // max(1, call.generated), call.max_tokens or 0
-        )
-        lookup = self._cache.lookup(call, key_id) if key_id else None
-        pool, outgoing = filtered(pool, needs, wish, removed), None
-        if not (lookup and lookup.found):  # else somebody was asked this
-            pool, outgoing = self._askable(call, pool, wish, removed)
-        strategy, turn = wish.sort or routes[0].strategy, None
-        if strategy == "round_robin":
-            turn = call.model if route or self._catalog.is_route(call.model) else "models"
-        automatic = routes[0].automatic
-        return Plan(call, pool, outgoing, strategy, wish, needs, prompt, output, removed, automatic, turn, lookup)
-
-    def _pool(self, call: Call, routes: Sequence[Route]) -> Pool:
-        """Who the names mean; made once for a route, whose name is one of few."""
-        name, kind = routes[0].asked, "embeddings" if call.surface == "embeddings" else "chat"
-        known = len(routes) == 1 and routes[0] is self._catalog.known(name)
-        if known and (pool := self._pools.get((name, kind))):
-            return pool
-        found: dict[str, Candidate] = {}
-        for rank, route in enumerate(routes):
-            for to in route.deployments:
-                if not route.automatic or kind in to.capabilities:  # a chat model takes legacy completions, too
-                    found.setdefault(to.id, Candidate(route.asked, to, rank))
-        if not found:
-            raise ModelNotFound(f"'{call.model[:128]}' has no model for {call.surface}.", param="model")
-        pool = Pool(found.values())
-        if known:
-            self._pools[name, kind] = pool
-        return pool
-
-    def _wish(self, call: Call, pool: Pool) -> Preferences:
-        """The caller's preferences; raises InvalidRequest for a provider that nobody knows."""
-        if not (given := call.body.get("provider")):
-            return NO_PREFERENCES
-        wish = Preferences.of(given)
-        unknown = wish.names - self._catalog.providers.keys()
-        if unknown and not any("provider" in row.keeps for row in pool.providers.values()):
-            known = ", ".join(row.name for row in self._catalog.on())
-            message = f"There is no provider '{min(unknown)[:64]}'. Available: {known}."
-            raise InvalidRequest(message, param="provider", code="unknown_provider")
-        return wish
-
-    def _askable(self, call: Call, pool: Pool, wish: Preferences, removed: list[Removal]) -> tuple[Pool, Outgoing]:
-        """Without those that refuse to be asked this, up to the first that does not, and what that would be sent.
-
-        With `require_parameters` all are tried, and what would be dropped is a refusal. Raises the first refusal
-        where all refuse."""
-        refusals: dict[str, UnsupportedParameter] = {}
-        outgoing: Outgoing | None = None
-        for candidate in pool.candidates:
-            try:
-                prepared = self._upstream.prepare(call, candidate.to)
-                if wish.require_parameters and prepared.dropped:
-                    message = f"The model '{candidate.to.id}' does not support '{prepared.dropped[0]}'."
-                    raise UnsupportedParameter(message, param=prepared.dropped[0])
-            except UnsupportedParameter as refused:
-                refusals[candidate.to.id] = refused
-                removed.append(Removal(candidate, "capability", refused.message))
-                continue
-            outgoing = outgoing or prepared
-            if not wish.require_parameters:
-                break
-        if outgoing is None:
-            raise next(iter(refusals.values()))
-        return Pool(each for each in pool.candidates if each.to.id not in refusals) if refusals else pool, outgoing
 
     def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal], *, ahead: int = 0) -> Order:
         """Who is to be tried, in order, of those that this key may use; raises GatewayError where nobody is left.
@@ -525,14 +411,6 @@ class Gateway:
 def most_money(candidates: Sequence[Deployment], prompt: Prompt, output: int) -> int:
     """What the dearest may cost at most, in nano-dollars; one without a price counts nothing."""
     return max((to.price.most(prompt.at_most(to.model), output) for to in candidates if to.price), default=0)
-
-
-def reserved_output(call: Call, candidates: Sequence[Deployment]) -> int:
-    """Output tokens to reserve: the caller's bound, else the model's, `DEFAULT_OUTPUT` at most; for each choice."""
-    if call.surface == "embeddings":
-        return 0
-    most = max(min(to.max_output or DEFAULT_OUTPUT, DEFAULT_OUTPUT) for to in candidates)
-    return (call.max_tokens or most) * call.generated
 
 
 def deployments(order: Order) -> list[Deployment]:

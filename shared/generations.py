@@ -52,9 +52,16 @@ def tokens(usage: Usage) -> JSON:
     }
 
 
-def view(row: Generation, key: VirtualKey) -> JSON:
-    """What `GET /v1/generation` shows: the record, and the key by its mask only."""
-    return {"id": row.id, "created": row.created, "api_key_id": key.masked, **row.doc}
+def view(row: Generation, key: VirtualKey, *, admin: bool) -> JSON:
+    """What `GET /v1/generation` shows: the record, and its key by the mask only."""
+    routing = row.doc.get("routing")
+    shown: JSON = {"id": row.id, "created": row.created, "api_key_id": key.masked, **row.doc}
+    return shown if admin or not routing else {**shown, "routing": permitted(routing)}
+
+
+def permitted(routing: JSON) -> JSON:
+    """Without the deployments that the key may not use, which are nobody's business but an administrator's."""
+    return {**routing, "removed": [each for each in routing["removed"] if each["filter"] != "permission"]}
 
 
 async def find(store: Store, generation_id: str, key: VirtualKey) -> Generation:

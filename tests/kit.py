@@ -88,7 +88,7 @@ class Kit:
         return self.reply(request)
 
     async def admit(self, key: str, body: JSON, surface: Surface = "chat") -> Exchange:
-        plan = await self.gateway.plan(parse(surface, orjson.dumps(body)), key_id=id_of(key))
+        plan = self.gateway.plan(parse(surface, orjson.dumps(body)), key_id=id_of(key))
         return await self.gateway.admit(plan, self.keys.credential(f"Bearer {key}"), time_ordered(time.time()))
 
     async def ask(self, key: str, body: JSON, surface: Surface = "chat") -> Outcome:

@@ -61,7 +61,7 @@ async def list_generations(request: Request, _: Administrator, services: Offered
     key = (await _keys(services, asked["key"]))[0]
     day = _day(asked, "day", int(time.time()) // 86400)
     rows = await services.store.generations(key.id, day, asked.get("after", "")[:64], int(limit) + 1)
-    data = [generations.view(row, key) for row in rows[: int(limit)]]
+    data = [generations.view(row, key, admin=True) for row in rows[: int(limit)]]
     return JSONBytes({"object": "list", "data": data, "has_more": len(rows) > len(data)})
 
 

@@ -15,8 +15,8 @@ from functions.typed import TypedEvents, rate_limited, refused
 from shared.catalog import Catalog, Route
 from shared.errors import ContentPolicyViolation, InvalidRequest, NoProvider, RateLimited
 from shared.exchange import Exchange
-from shared.gateway import Plan
 from shared.history import Context
+from shared.planning import Plan
 from shared.schema import JSON, Caching, Call, Id, Shape, checked
 
 router = APIRouter(tags=["models"])
@@ -44,13 +44,13 @@ async def generate(request: Request, caller: Caller, services: Offered) -> Respo
     """Text for a prompt, from the first provider that has an answer; the same prompt again comes from the cache."""
     asked = Asked(request, caller, services, await body(request, services.settings))
 
-    async def plan(raw: bytes) -> Plan:
+    def plan(raw: bytes) -> Plan:
         given = checked(GenerateRequest, raw)
         route = chosen(services.catalog, given.get("provider"))
         messages = [{"role": "user", "content": given["prompt"]}]
         cache: JSON = given.get("cache") or {"mode": "on"}
         call = Call("chat", {"model": route.asked, "messages": messages, "cache": cache})
-        return await services.gateway.plan(call, route, key_id=caller.key_id)
+        return services.gateway.plan(call, route, key_id=caller.key_id)
 
     def shape(completion: JSON, exchange: Exchange) -> JSON:
         provider, _ = exchange.answered_by
@@ -69,7 +69,7 @@ async def take_turn(request: Request, caller: Caller, services: Offered) -> Resp
     """Answer a message of a session as typed events, each time by the next provider in turn."""
     asked = Asked(request, caller, services, await body(request, services.settings))
 
-    async def plan(raw: bytes) -> Plan:
+    def plan(raw: bytes) -> Plan:
         given = checked(TurnRequest, raw)
         call: JSON = {
             "model": "rr-chat/stream",  # whose turns are its own
@@ -79,7 +79,7 @@ async def take_turn(request: Request, caller: Caller, services: Offered) -> Resp
             "session_id": given["session_id"],
             "store": True,
         }
-        return await services.gateway.plan(Call("chat", call), services.catalog.taking_turns())
+        return services.gateway.plan(Call("chat", call), services.catalog.taking_turns())
 
     planned = await asked.checked(plan)
     said = planned.call.body

@@ -20,4 +20,4 @@ async def generation(request: Request, key: Identified, services: Offered) -> JS
         raise InvalidRequest("Name one generation: ?id=gen-…", param="id", code="invalid_value")
     row = await generations.find(services.store, ids[0][:64], key)
     owner = key if row.key_id == key.id else await services.store.key(row.key_id)
-    return JSONBytes(generations.view(row, owner or key))
+    return JSONBytes(generations.view(row, owner or key, admin=key.role == "admin"))

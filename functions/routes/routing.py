@@ -7,10 +7,11 @@ from fastapi import APIRouter, Request
 from functions.deps import Identified, Offered, body
 from functions.openapi import described
 from functions.responses import JSONBytes
+from shared import generations
 from shared.errors import GatewayError
 from shared.exchange import Routing
 from shared.router import Removal
-from shared.schema import JSON, parse
+from shared.schema import parse
 
 router = APIRouter(tags=["models"])
 
@@ -22,11 +23,10 @@ async def explain(request: Request, key: Identified, services: Offered) -> JSONB
     if gateway.state.old:
         await gateway.state.read()
     removed: list[Removal] = []
-    told: JSON = {"object": "route", "model": call.model}
     try:
-        plan = await gateway.plan(call, removed=removed)
-        order = gateway.choose(plan, key, removed, ahead=1)
+        plan = gateway.plan(call, removed=removed)
+        told = Routing(plan.strategy, gateway.choose(plan, key, removed, ahead=1), removed).told()
     except GatewayError as refused:
-        nobody = Routing("none", None, removed).told()
-        return JSONBytes({**told, **nobody, "status": refused.status, **refused.body()})
-    return JSONBytes({**told, **Routing(plan.strategy, order, removed).told()})
+        told = {**Routing("none", None, removed).told(), "status": refused.status, **refused.body()}
+    seen = told if key.role == "admin" else generations.permitted(told)
+    return JSONBytes({"object": "route", "model": call.model, **seen})

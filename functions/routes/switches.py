@@ -24,7 +24,7 @@ class SwitchPatch(Shape):
     """What is named is changed; null means as `gateway.toml` says. `resting: false` ends a rest."""
 
     enabled: bool | None = None
-    priority: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    priority: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] | None = None
     resting: bool | None = None
 
 

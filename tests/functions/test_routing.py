@@ -215,7 +215,7 @@ async def test_an_administrator_puts_deployments_in_another_place(door: Door) ->
         ("/admin/models/openai/../x", {"enabled": False}, (404, None, None)),
         ("/admin/providers/nobody", {"enabled": False}, (404, "not_found", None)),
         ("/admin/providers/openai", {"enabled": "no"}, (400, "invalid_type", "enabled")),
-        ("/admin/providers/openai", {"priority": 0}, (400, "integer_below_min_value", "priority")),
+        ("/admin/providers/openai", {"priority": -9_000_000}, (400, "integer_below_min_value", "priority")),
         ("/admin/providers/openai", {"colour": 1}, (400, "unknown_parameter", "colour")),
         ("/admin/providers/openai", {"resting": True}, (400, "invalid_value", "resting")),
         ("/admin/providers/openai", [], (400, None, None)),
@@ -291,5 +291,10 @@ async def test_a_key_of_few_models_routes_over_those(door: Door) -> None:
     answer = await door.chat(key, "auto:price")
     assert answer.json()["lightrail"]["model"] == "gpt-4o"
     assert refusal(await door.chat(key, "pair")) == (403, "model_not_allowed", None)
+    assert "openai/gpt-4o-mini" not in (await door.ask("GET", f"/v1/generation?id={answer.json()['id']}", key=key)).text
+    dry = await door.ask("POST", "/v1/route", {"model": "pair", "messages": [{"role": "user", "content": "x"}]}, key)
+    assert (dry.json()["candidates"], dry.json()["removed"]) == ([], []), (
+        "what a key may not use is none of its business"
+    )
     budgeted = (await door.make(balance_usd=1, models=["auto:price"]))["key"]
     assert (await door.chat(budgeted, "auto:price")).json()["lightrail"]["provider"] == "near"

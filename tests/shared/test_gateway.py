@@ -261,7 +261,7 @@ async def test_a_caller_who_leaves_stops_the_provider_and_pays_for_what_was_made
 
 async def test_what_a_deployment_cannot_do_is_refused_by_name_or_routed_around(kit: Kit) -> None:
     with pytest.raises(UnsupportedParameter) as refused:
-        await kit.gateway.plan(parse("chat", json.dumps(ask("groq/llama-3.3-70b-versatile", n=2)).encode()))
+        kit.gateway.plan(parse("chat", json.dumps(ask("groq/llama-3.3-70b-versatile", n=2)).encode()))
     assert refused.value.param == "n"
     outcome = await kit.ask(await key_of(kit), ask("fast", n=2))
     assert outcome.row.doc["provider"] == "openai"

@@ -300,7 +300,7 @@ async def test_what_fails_beside_or_after_admission_leaves_nothing_held(kit: Kit
             return call
 
     key = await key_of(kit)
-    plan = await kit.gateway.plan(parse("chat", orjson.dumps(ask("openai/gpt-4o"))))
+    plan = kit.gateway.plan(parse("chat", orjson.dumps(ask("openai/gpt-4o"))))
     exchange = await kit.gateway.admit(plan, kit.keys.credential(f"Bearer {key}"), time_ordered(1.0), Reading())
     await kit.gateway.close(exchange)
 
