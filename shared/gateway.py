@@ -92,7 +92,8 @@ class Gateway:
         self._clock = clock
         self._dice = dice
         self._retries = RetryBudget()
-        self.plan = Planner(catalog, upstream, Cache(store, clock)).plan  # the first step of each request
+        self.cache = Cache(store, clock)
+        self.plan = Planner(catalog, upstream, self.cache).plan  # the first step of each request
         self.state = State(store, clock)
         self.open: set[Exchange] = set()
         self.answered = 0

@@ -576,7 +576,7 @@ async def tidy(kit: Kit) -> AsyncIterator[None]:
     yield
     await asyncio.sleep(0)
     assert kit.gateway.open == set()
-    assert kit.gateway._cache.flights == {}  # pyright: ignore[reportPrivateUsage]
+    assert kit.gateway.cache.flights == {}
     left = [task.get_coro().__qualname__ for task in asyncio.all_tasks() - before]
     assert not [name for name in left if not name.startswith("TestRunner.")]
     assert not unheard
