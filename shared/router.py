@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import filterfalse, islice, pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from shared.catalog import Deployment, Strategy
@@ -264,11 +264,11 @@ def awake(order: Order, health: Health, now: float, removed: list[Removal]) -> O
     if not (resting := health.resting(now, pool.where.keys())):
         return order
     rests: dict[int, Rest] = {}
-    for name, rest in sorted(resting.items(), key=lambda each: (each[1].absolute, each[1].until)):
-        for at in pool.where[name]:  # its own rest, or its provider's, whichever is the graver: it comes later
-            rests[at] = rest
-    if up := [at for at in order.places if at not in rests]:
-        down = [at for at in order.places if at in rests][:MOST_TOLD]
+    for name, rest in resting.items():
+        for at in pool.where[name]:  # its own rest, or its provider's, whichever is the graver
+            rests[at] = max(rests[at], rest, key=_gravity) if at in rests else rest
+    if up := [*filterfalse(rests.__contains__, order.places)]:
+        down = islice(filter(rests.__contains__, order.places), MOST_TOLD)
         removed += [Removal(pool.candidates[at], "resting", _tired(rests[at], now)) for at in down]
         return order._replace(places=up)
     tired = sorted((at for at in order.places if not rests[at].absolute), key=lambda at: rests[at].until)
@@ -277,6 +277,10 @@ def awake(order: Order, health: Health, now: float, removed: list[Removal]) -> O
         message = f"The gateway's account at this model's provider has no credit; it is asked again in {wait} s."
         raise Overloaded(message, retry_after=min(60, wait))
     return order._replace(places=tired)
+
+
+def _gravity(rest: Rest) -> tuple[bool, float]:
+    return rest.absolute, rest.until
 
 
 def may_use(key: VirtualKey, asked: str, to: Deployment) -> bool:
