@@ -18,6 +18,12 @@ TIMEOUTS = {
     "connect_timeout": "request_timeout",
 }  # fmt: skip
 
+WARNINGS = {
+    "length": "The answer is cut off: it reached the most that may be said.",
+    "content_filter": "The answer is cut off: the provider's content filter stopped it.",
+}
+"""By finish reason: the answer is there, but it is not all."""
+
 
 def event(kind: str, **fields: Any) -> bytes:
     """`ts`: milliseconds since the epoch."""
@@ -42,10 +48,12 @@ class TypedEvents:
                 return events + self._end(exchange.error, exchange)
             for choice in chunk.get("choices", ()):
                 delta: JSON = choice.get("delta") or {}
-                if text := delta.get("content"):
+                if text := delta.get("content") or delta.get("refusal"):
                     events += event("delta", content=text)
         if answer and answer.ended:
             usage = exchange.usage
+            if warning := WARNINGS.get(answer.finish_reason or ""):
+                events += event("warning", message=warning)
             events += event("usage", tokens=usage.total, accurate=usage.source == "provider") + event("done")
         return events
 

@@ -73,15 +73,6 @@ class Listing(NamedTuple):
     def automatic(self) -> bool:
         return self.id in AUTO
 
-    @property
-    def one(self) -> bool:
-        """Whether the name is that of one deployment."""
-        return self.backends == (self.id,)
-
-    @property
-    def active(self) -> bool:
-        return bool(self.deployments)
-
 
 class Catalog:
     """Everything is looked up in dicts made once; nothing here does I/O but `load`."""
@@ -101,6 +92,7 @@ class Catalog:
         self._members: list[tuple[str, str]] = []
         self._aliases = {name: self._entries(name, entries) for name, entries in file.aliases.items()}
         self._serving = self._index()
+        self._defaults = tuple(placed(to) for row in self._on if (to := self._default(row)))
         self._routes: dict[str, Route] = {}  # aliases and listed names only, so that callers cannot make it grow
 
     @classmethod
@@ -153,7 +145,7 @@ class Catalog:
         else:
             rows = self._serving.get(name, ())
             found = (self.deployment(row, name) for row in rows if not row.missing)
-            route = Route(name, tuple(map(_placed, found)))
+            route = Route(name, tuple(map(placed, found)))
         if not route.deployments:
             raise self._unknown(name)
         return self._routes.setdefault(name, route)
@@ -167,8 +159,15 @@ class Catalog:
         return name in self._aliases or name in AUTO or len(self._serving.get(name, ())) > 1
 
     def defaults(self) -> tuple[Deployment, ...]:
-        """The default model of each provider that is on, by priority of the providers."""
-        return tuple(_placed(self.deployment(row, row.default_model)) for row in self._on if row.default_model)
+        """The default model of each provider that is on, or else its first for chat, by priority of the providers."""
+        return self._defaults
+
+    def deployments(self) -> list[Deployment]:
+        """All that are listed, that an alias names or that take turns, each in its own place."""
+        named = [(entry.provider, entry.model) for entries in self._aliases.values() for entry in entries]
+        rows = [(self.providers[name], model) for name, model in (*named, *self._members)]
+        also = [self.deployment(row, model) for row, model in rows if not row.missing]
+        return [*{to.id: placed(to) for to in (*self._known(), *also)}.values()]
 
     def taking_turns(self) -> Route:
         """Who answers `/rr-chat/stream`, each in turn: the members that are on; raises NoProvider where none is."""
@@ -191,6 +190,11 @@ class Catalog:
         """Aliases, the automatic routes, then all models known of the providers that are on, as `provider/model`."""
         listings = [self.listing(name) for name in (*self._aliases, *(AUTO if self._on else ()))]
         return listings + [Listing(to.id, (to,), (to.id,)) for to in self._known()]
+
+    def _default(self, row: Provider) -> Deployment | None:
+        if row.default_model:
+            return self.deployment(row, row.default_model)
+        return next((to for to in self.listed(row) if "chat" in to.capabilities), None)
 
     def _known(self) -> list[Deployment]:
         found = [
@@ -289,7 +293,7 @@ class Catalog:
         return (self._table.price(row.prices, model) if row.prices else None) or self._default_price
 
 
-def _placed(to: Deployment) -> Deployment:
+def placed(to: Deployment) -> Deployment:
     """In its own place, else in its provider's."""
     return replace(to, priority=to.priority or to.provider.priority)
 

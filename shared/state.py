@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from shared.catalog import Deployment
+from shared.config import Provider
 from shared.errors import StoreUnavailable
 from shared.health import Health, Rest
 from shared.schema import JSON
@@ -42,6 +43,9 @@ class Switches:
 
     def __init__(self, named: Mapping[str, Switch]) -> None:
         self.named = named
+
+    def on(self, row: Provider) -> bool:
+        return self.named.get(row.name, NO_SWITCH).enabled is not False
 
     def applied(self, to: Deployment) -> Deployment:
         """As the admin wants it: on or off, and in its place; in its provider's, where it has none of its own."""

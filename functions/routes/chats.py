@@ -18,6 +18,7 @@ from shared.exchange import Exchange
 from shared.history import Context
 from shared.planning import Plan
 from shared.schema import JSON, Caching, Call, Id, Shape, checked
+from shared.state import Switches
 
 router = APIRouter(tags=["models"])
 Words = Annotated[str, Field(min_length=1, max_length=1_000_000)]
@@ -46,7 +47,7 @@ async def generate(request: Request, caller: Caller, services: Offered) -> Respo
 
     def plan(raw: bytes) -> Plan:
         given = checked(GenerateRequest, raw)
-        route = chosen(services.catalog, given.get("provider"))
+        route = chosen(services.catalog, given.get("provider"), services.gateway.state.switches)
         messages = [{"role": "user", "content": given["prompt"]}]
         cache: JSON = given.get("cache") or {"mode": "on"}
         call = Call("chat", {"model": route.asked, "messages": messages, "cache": cache})
@@ -92,20 +93,18 @@ async def take_turn(request: Request, caller: Caller, services: Offered) -> Resp
         return Response(events, headers=error.headers, media_type="text/event-stream")
 
 
-def chosen(catalog: Catalog, provider: str | None) -> Route:
+def chosen(catalog: Catalog, provider: str | None, switches: Switches) -> Route:
     """The default models of the providers that are on, by priority, or of the one that is named.
 
     Raises InvalidRequest for one that is not there, NoProvider where none is."""
     defaults = catalog.defaults()
     if not defaults:
-        raise NoProvider(
-            "No provider with a default model is on: set a provider's API key, for example OPENAI_API_KEY."
-        )
+        raise NoProvider("No provider with a chat model is on: set a provider's API key, for example OPENAI_API_KEY.")
     if provider is None:
         return Route("auto", defaults)
     for to in defaults:
         if provider.lower() in (to.provider.name, to.provider.title.lower()):
             return Route(to.id, (to,))
-    available = ", ".join(to.provider.title for to in defaults)
+    available = ", ".join(to.provider.title for to in defaults if switches.applied(to).enabled)
     message = f"Provider '{provider}' not found. Available: {available}"
     raise InvalidRequest(message, param="provider", code="unknown_provider")

@@ -15,10 +15,12 @@ router = APIRouter(tags=["open"])
 
 @router.get("/health", response_model=None)
 async def health(request: Request, services: Offered) -> Response:
-    """The state of this process; one line of text where `Accept` asks for text."""
-    if "text/plain" in request.headers.get("accept", ""):
+    """The state of this process; one line of text where `Accept` asks for text, and not for JSON as well."""
+    accepted = request.headers.get("accept", "")
+    if "text/plain" in accepted and "application/json" not in accepted:
         return PlainTextResponse("Lightrail AI Gateway is healthy\n")
-    on = services.catalog.on()
+    switches = services.gateway.state.switches
+    on = [provider for provider in services.catalog.on() if switches.on(provider)]
     return JSONBytes(
         {
             "status": "ok",

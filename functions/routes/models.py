@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from functions.deps import Identified, Offered
+from functions.deps import Identified, Offered, Services
 from functions.responses import JSONBytes
 from shared.catalog import Deployment, Listing
 from shared.errors import ModelNotFound
 from shared.router import may_use
 from shared.schema import JSON
+from shared.state import Switches
 from shared.store.base import VirtualKey
 
 router = APIRouter(tags=["models"])
@@ -19,8 +20,8 @@ NANO = 10**9
 @router.get("/models", response_model=None)
 async def list_models(key: Identified, services: Offered) -> JSONBytes:
     """Aliases, and every known model of the providers that are on."""
-    created = int(services.started)
-    data = [shown(listing, created) for listing in services.catalog.models() if visible(listing, key)]
+    created, switches = int(services.started), await current(services)
+    data = [shown(listing, created, switches) for listing in services.catalog.models() if visible(listing, key)]
     return JSONBytes({"object": "list", "data": data})
 
 
@@ -30,7 +31,14 @@ async def retrieve_model(name: str, key: Identified, services: Offered) -> JSONB
     listing = services.catalog.listing(name)
     if not visible(listing, key):
         raise ModelNotFound(f"The model '{name[:128]}' does not exist or this key may not use it.", param="model")
-    return JSONBytes(shown(listing, int(services.started)))
+    return JSONBytes(shown(listing, int(services.started), await current(services)))
+
+
+async def current(services: Services) -> Switches:
+    state = services.gateway.state
+    if state.old:
+        await state.read()
+    return state.switches
 
 
 def visible(listing: Listing, key: VirtualKey) -> bool:
@@ -39,7 +47,7 @@ def visible(listing: Listing, key: VirtualKey) -> bool:
     return key.models is None or any(may_use(key, listing.id, to) for to in listing.deployments)
 
 
-def shown(listing: Listing, created: int) -> JSON:
+def shown(listing: Listing, created: int, switches: Switches) -> JSON:
     """OpenAI's model object, with the gateway's own facts; what is not known is null."""
     first = listing.deployments[0] if listing.deployments and not listing.automatic else None
     owner = (
@@ -56,7 +64,7 @@ def shown(listing: Listing, created: int) -> JSON:
         "capabilities": ["chat", "streaming"] if listing.automatic else list(first.capabilities) if first else [],
         "pricing": pricing(first),
         "backends": list(listing.backends),
-        "active": listing.active,
+        "active": any(switches.applied(to).enabled for to in listing.deployments),
     }
 
 

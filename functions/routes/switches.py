@@ -11,7 +11,7 @@ from pydantic import Field
 from functions.deps import Administrator, Offered, Services, body
 from functions.openapi import takes
 from functions.responses import JSONBytes
-from shared.catalog import Deployment
+from shared.catalog import Deployment, placed
 from shared.config import PLAIN_ID, Provider
 from shared.errors import InvalidRequest, ModelNotFound, NotFound
 from shared.health import Rest
@@ -46,7 +46,7 @@ async def switch_provider(name: str, request: Request, _: Administrator, service
     row = services.catalog.providers.get(name.lower())
     if row is None:
         raise NotFound(f"No provider with the name '{name[:64]}'.")
-    await _turn(row.name, request, services)
+    await _turn(row.name, row, request, services)
     return JSONBytes(_provider(row, services))
 
 
@@ -54,7 +54,7 @@ async def switch_provider(name: str, request: Request, _: Administrator, service
 async def list_models(_: Administrator, services: Offered) -> JSONBytes:
     """All deployments that are listed, and those that were switched or rest though they are not."""
     await services.gateway.state.read()
-    known = {listing.id: listing.deployments[0] for listing in services.catalog.models() if listing.one}
+    known = {to.id: to for to in services.catalog.deployments()}
     state, now = services.gateway.state, time.time()
     for name in {*state.switches.named, *state.health.resting(now)} - known.keys():
         if "/" in name and (found := _found(name, services)):
@@ -68,11 +68,11 @@ async def switch_model(name: str, request: Request, _: Administrator, services: 
     to = _found(name, services)
     if to is None:
         raise ModelNotFound(f"No deployment '{name[:128]}': name it as provider/model.", param="model")
-    await _turn(to.id, request, services)
+    await _turn(to.id, to.provider, request, services)
     return JSONBytes(_deployment(to, services))
 
 
-async def _turn(name: str, request: Request, services: Services) -> None:
+async def _turn(name: str, row: Provider, request: Request, services: Services) -> None:
     given = checked(SwitchPatch, await body(request, services.settings))
     if unknown := given.keys() - FIELDS:
         raise InvalidRequest(
@@ -80,6 +80,9 @@ async def _turn(name: str, request: Request, services: Services) -> None:
         )
     if given.get("resting"):
         raise InvalidRequest("'resting' can only be ended: false.", param="resting", code="invalid_value")
+    if given.get("enabled") and row.missing:
+        message = f"The provider '{row.name}' is off: {services.catalog.why_off(row.name)}."
+        raise InvalidRequest(message, param="enabled", code="invalid_value")
     change = {name: value for name, value in given.items() if name != "resting"}
     await services.gateway.state.turn(name, change, wake="resting" in given)
 
@@ -87,7 +90,7 @@ async def _turn(name: str, request: Request, services: Services) -> None:
 def _found(name: str, services: Services) -> Deployment | None:
     provider, slash, model = name.partition("/")
     row = services.catalog.providers.get(provider.lower())
-    return services.catalog.deployment(row, model) if row and slash and PLAIN_ID.fullmatch(model) else None
+    return placed(services.catalog.deployment(row, model)) if row and slash and PLAIN_ID.fullmatch(model) else None
 
 
 def _provider(row: Provider, services: Services) -> JSON:

@@ -212,6 +212,19 @@ async def test_a_refusal_of_the_model_is_its_output(door: Door, provider: Upstre
     assert answered.json()["output"] == "I will not."
 
 
+async def test_a_provider_without_a_default_model_answers_by_its_first(tmp_path: Path, provider: Upstream) -> None:
+    (tmp_path / "gateway.toml").write_text(
+        f'[providers.lab]\ntitle = "The Lab"\nbase_url = "{provider.url}"\nrequires = []\n'
+        '[models]\n"lab/embed" = { capabilities = ["embeddings"] }\n"lab/m" = { capabilities = ["chat"] }\n'
+    )
+    async with opened(tmp_path, provider.url, OPENAI_API_KEY="", LAB_API_KEY=PROVIDER_KEY) as door:
+        key = (await door.make())["key"]
+        for name in (None, "lab", "the lab"):
+            answered = await door.ask("POST", "/generate", {"prompt": "hello", "provider": name}, key)
+            assert answered.json()["provider"] == "The Lab"
+        assert provider.seen[0].json["model"] == "m"
+
+
 async def test_without_a_provider_it_says_what_to_do(tmp_path: Path, provider: Upstream) -> None:
     async with opened(tmp_path, provider.url, OPENAI_API_KEY="") as door:
         assert refusal(await door.ask("POST", "/generate", {"prompt": "x"}, (await door.make())["key"]))[:2] == (

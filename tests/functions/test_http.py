@@ -349,6 +349,8 @@ async def test_health_is_one_line_of_text_where_text_is_asked_for(door: Door) ->
     health = await door.ask("GET", "/health", key=None, accept="text/plain")
     assert health.headers["content-type"].startswith("text/plain")
     assert re.fullmatch(r"\S[^\n]+\n", health.text)
+    either = await door.ask("GET", "/health", key=None, accept="application/json, text/plain, */*")
+    assert either.json()["status"] == "ok"
 
 
 # The document ------------------------------------------------------------------------------------------------------

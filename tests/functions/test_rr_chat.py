@@ -124,6 +124,20 @@ async def test_tokens_that_nobody_counted_are_estimated_and_told_so(trio: Door, 
     assert 3 <= usage["tokens"] <= 40
 
 
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+async def test_an_answer_that_is_cut_off_is_marked(trio: Door, provider: Upstream, reason: str) -> None:
+    end = event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    provider.next(*cut("half"), chunk(end), chunk(b"data: [DONE]\n\n"), send(b"0\r\n\r\n"))
+    answered = await take_turn(trio, (await trio.make())["key"])
+    assert kinds(answered) == ["provider", "delta", "warning", "usage", "done"]
+
+
+async def test_a_refusal_of_the_model_is_its_text(trio: Door, provider: Upstream) -> None:
+    said = event({"choices": [{"index": 0, "delta": {"refusal": "I cannot."}, "finish_reason": "stop"}]})
+    provider.next(*cut(), chunk(said), chunk(b"data: [DONE]\n\n"), send(b"0\r\n\r\n"))
+    assert text(await take_turn(trio, (await trio.make())["key"])) == "I cannot."
+
+
 async def test_the_provider_event_names_who_answered_not_who_was_asked_first(trio: Door, provider: Upstream) -> None:
     """The seed named the one whose turn it was."""
     turns = by_model(trio)

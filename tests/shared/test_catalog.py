@@ -160,8 +160,8 @@ def test_aliases_are_ordered_and_skip_what_is_off(tmp_path: Path) -> None:
         catalog.resolve("gone")
     listed = {listing.id: listing for listing in catalog.models()}
     assert "mistral/mistral-small-latest" in listed["fast"].backends
-    assert listed["fast"].active
-    assert not listed["gone"].active
+    assert listed["fast"].deployments
+    assert not listed["gone"].deployments
 
 
 def test_models_lists_what_is_on() -> None:
@@ -171,7 +171,10 @@ def test_models_lists_what_is_on() -> None:
     assert not [name for name in listed if name.startswith(("mistral/", "azure/"))]
     assert "openai/gpt-4o-transcribe" not in listed  # not on our surfaces
     found = load(FIREWORKS_API_KEY="f").models()
-    assert next(each.id for each in found if each.one) == "fireworks/accounts/fireworks/models/gpt-oss-20b"
+    assert (
+        next(each.id for each in found if each.backends == (each.id,))
+        == "fireworks/accounts/fireworks/models/gpt-oss-20b"
+    )
 
 
 def test_a_deployer_changes_rows_and_adds_providers(tmp_path: Path) -> None:
