@@ -68,7 +68,7 @@ class Routing(NamedTuple):
     order: Order | None
     removed: Sequence[Removal]
 
-    def told(self) -> JSON:
+    def told(self, key: VirtualKey) -> JSON:
         """For the record, and for `POST /v1/route`; of long lists the beginning."""
         return {
             "strategy": self.strategy,
@@ -76,10 +76,7 @@ class Routing(NamedTuple):
                 {"deployment": each.candidate.to.id, "score": each.score}
                 for each in (self.order.first(MOST_TOLD) if self.order else ())
             ],
-            "removed": [
-                {"deployment": each.candidate.to.id, "filter": each.filter, "reason": each.why}
-                for each in self.removed[:MOST_TOLD]
-            ],
+            "removed": [each.told(key) for each in self.removed[:MOST_TOLD]],
         }
 
 
@@ -311,7 +308,7 @@ class Exchange:
                 round((self.first_content - self.began) * 1000, 1) if self.first_content else None
             ),
             "attempts": [attempt.told() for attempt in self.attempts],
-            "routing": self.routing.told() if self.routing else None,
+            "routing": self.routing.told(self.key) if self.routing else None,
             "provider_health": "healthy" if self.kept else _health(self.attempts),
             "cached": self.kept is not None,
             "dropped": list(self.dropped),

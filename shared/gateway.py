@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from math import ceil
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from shared import history
@@ -99,10 +100,12 @@ class Gateway:
         self.answered = 0
         self._idle = asyncio.Event()
 
-    def choose(self, plan: Plan, key: VirtualKey, removed: list[Removal], *, ahead: int = 0) -> Order:
+    def choose(
+        self, plan: Plan, key: VirtualKey, removed: list[Removal], *, ahead: int = 0, kept: bool = False
+    ) -> Order:
         """Who is to be tried, in order, of those that this key may use; raises GatewayError where nobody is left.
 
-        `ahead`: turns that are not taken yet."""
+        `ahead`: turns that are not taken yet. `kept`: the answer is there, so that it is no matter who rests."""
         now, state = self._clock(), self.state
         pool = permitted(plan.pool, key, plan.call.body.get("service_tier"), removed)
         pool = switched_on(pool, removed, state.switches.applied if state.switches.named else None)
@@ -119,11 +122,11 @@ class Gateway:
             dice=self._dice,
             turn=turn,
         )
-        if not plan.wish.allow_fallbacks:
+        if not (plan.wish.allow_fallbacks or plan.wish.pinned):
             others = [pool.candidates[at] for at in order.places[1:MOST_TOLD]]
             removed += [Removal(each, "allow_fallbacks", "it is no first choice") for each in others]
             order = order._replace(places=order.places[:1])
-        return awake(order, state.health, now, removed)
+        return order if kept else awake(order, state.health, now, removed)
 
     async def admit(
         self, plan: Plan, credential: Credential, request_id: str, context: Reading | None = None
@@ -144,7 +147,7 @@ class Gateway:
             prompt = plan.prompt if call is plan.call else Prompt.read(call.body, call.surface)
             if self._examine:
                 await self._examine(plan.call)
-            order = self.choose(plan, key, removed)
+            order = self.choose(plan, key, removed, kept=lookup is not None and lookup.found)
             candidates = deployments(order)
             if key.has_money_limit and most_money(candidates, prompt, plan.output) > hold.money:
                 order, hold = await self._afford(order, prompt, plan.output, key, request_id, hold, removed)
@@ -165,7 +168,7 @@ class Gateway:
         """Admit for the dearest of those that come first; where the key has too little, for the cheapest it may use."""
         first = [candidate.to for candidate in plan.pool.candidates[:MAX_ATTEMPTS]]
         money = most_money(first, plan.prompt, plan.output)
-        hold = Hold(money, plan.needs.prompt + plan.output, now, int(self._total_timeout) + GRACE)
+        hold = Hold(money, plan.needs.prompt + plan.output, now, ceil(self._total_timeout) + GRACE)
         try:
             return await self._limits.admit(credential, request_id, hold, plan.turn), hold
         except Forbidden as poor:
@@ -352,8 +355,9 @@ class Gateway:
 
     def _failed(self, exchange: Exchange, error: ProviderError) -> None:
         exchange.failed(error)
-        to = exchange.deployment
-        rested = self.state.health.failed(to.id, error, self._clock())
+        to, spent = exchange.deployment, exchange.attempts[-1].seconds
+        silent = not (exchange.answer and exchange.answer.started) and spent > self._total_timeout / 2
+        rested = self.state.health.failed(to.id, error, self._clock(), silent=silent)
         if rested and (blames_account(error) or self._catalog.knows(to.provider.name, to.model)):
             self.state.rest(*rested)  # others need not hear of names that a caller made up
 

@@ -145,11 +145,13 @@ class Health:
             del self._breakers[name]
         return [name for name, breaker in well if breaker.rest]
 
-    def failed(self, target: str, error: ProviderError, now: float) -> tuple[str, Rest] | None:
-        """Count a failure; returns what has to rest from now on, or for longer than it had to, if anything does."""
+    def failed(self, target: str, error: ProviderError, now: float, *, silent: bool = False) -> tuple[str, Rest] | None:
+        """Count a failure; returns what has to rest from now on, or for longer than it had to, if anything does.
+
+        `silent`: it had most of the request's time, and said nothing."""
         self.end(target)
         fault = error.fault
-        if fault in NEUTRAL:
+        if fault in NEUTRAL and not (silent and fault == "total_timeout"):
             return None
         name = target.partition("/")[0] if blames_account(error) else target
         breaker = self._breaker(name)

@@ -95,12 +95,16 @@ class Planner:
         return pool
 
     def _wish(self, call: Call, pool: Pool) -> Preferences:
-        """The caller's preferences; raises InvalidRequest for a provider that nobody knows."""
+        """The caller's preferences; raises InvalidRequest for a provider, or a preference, that nobody knows."""
         if not (given := call.body.get("provider")):
             return NO_PREFERENCES
         wish = Preferences.of(given)
-        unknown = wish.names - self._catalog.providers.keys()
-        if unknown and not any("provider" in row.keeps for row in pool.providers.values()):
+        if any("provider" in row.keeps for row in pool.providers.values()):
+            return wish
+        if wish.unknown:
+            message = f"Unrecognized request argument supplied: provider.{wish.unknown[0][:64]}"
+            raise InvalidRequest(message, param=f"provider.{wish.unknown[0][:64]}", code="unknown_parameter")
+        if unknown := wish.names - self._catalog.providers.keys():
             known = ", ".join(row.name for row in self._catalog.on())
             message = f"There is no provider '{min(unknown)[:64]}'. Available: {known}."
             raise InvalidRequest(message, param="provider", code="unknown_provider")

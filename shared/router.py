@@ -7,8 +7,8 @@ Each names in `removed` whom it took away and why, which the record and `POST /v
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import filterfalse, islice, pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -29,6 +29,8 @@ NANO = 10**9
 RATES = {"prompt": "input", "completion": "output", "request": "request"}
 """What `max_price` may limit, and how a price calls it."""
 UNKNOWN = float("inf")
+NAMES, OTHERS = ("order", "only", "ignore"), ("allow_fallbacks", "sort", "require_parameters")
+"""The preferences that are lists of providers, and the rest."""
 
 
 class Candidate(NamedTuple):
@@ -89,29 +91,43 @@ class Removal(NamedTuple):
     filter: str
     why: str
 
+    def told(self, key: VirtualKey) -> JSON:
+        """Where the key may not use it, that is the reason that counts, whatever else there was."""
+        forbidden = key.models is not None and _forbidden(self.candidate, key.models)
+        name, why = ("permission", forbidden) if forbidden else (self.filter, self.why)
+        return {"deployment": self.candidate.to.id, "filter": name, "reason": why}
+
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """The request's `provider: {…}`, as OpenRouter has it; prices are US dollars per million tokens."""
+    """The request's `provider: {…}`, as OpenRouter has it; prices are US dollars per million tokens.
 
-    order: Sequence[str] = ()
-    only: Sequence[str] = ()
-    ignore: Sequence[str] = ()
+    `unknown`: what only those may answer who have such preferences of their own."""
+
+    order: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     allow_fallbacks: bool = True
     sort: Strategy | None = None
-    max_price: Mapping[str, float] = field(default_factory=dict[str, float])
+    max_price: tuple[tuple[str, float], ...] = ()
     require_parameters: bool = False
+    unknown: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, given: JSON) -> Preferences:
         """Of the checked body; null is as good as absent."""
-        names = {each: tuple(name.lower() for name in given.get(each) or ()) for each in ("order", "only", "ignore")}
-        rest: dict[str, Any] = {
-            each: given[each]
-            for each in ("allow_fallbacks", "sort", "max_price", "require_parameters")
-            if given.get(each) is not None
-        }
-        return cls(**names, **rest)
+        names = {each: tuple(name.lower() for name in given.get(each) or ()) for each in NAMES}
+        rest: dict[str, Any] = {each: given[each] for each in OTHERS if given.get(each) is not None}
+        prices: JSON = given.get("max_price") or {}
+        limits = tuple((name, limit) for name in RATES if (limit := prices.get(name)) is not None)
+        unknown = [each for each in given if each not in (*NAMES, *OTHERS, "max_price") and given[each] is not None]
+        unknown += [f"max_price.{each}" for each in prices if each not in RATES and prices[each] is not None]
+        return cls(**names, **rest, max_price=limits, unknown=tuple(unknown))
+
+    @property
+    def pinned(self) -> bool:
+        """Whether nobody outside `order` may answer: its providers are each other's only fallbacks."""
+        return bool(self.order) and not self.allow_fallbacks
 
     @property
     def names(self) -> set[str]:
@@ -155,10 +171,9 @@ def filtered(pool: Pool, needs: Needs, wish: Preferences, removed: list[Removal]
 
     Where there is but one, it is asked whatever we think that it can do: its provider knows better."""
     if wish is not NO_PREFERENCES:
-        pool = WANTED(pool, (wish.order, wish.only, wish.ignore), removed)
-        limits = tuple((name, limit) for name in RATES if (limit := wish.max_price.get(name)) is not None)
-        if limits:
-            pool = CHEAP(pool, limits, removed)
+        pool = WANTED(pool, wish, removed)
+        if wish.max_price:
+            pool = CHEAP(pool, wish.max_price, removed)
     if len(pool) == 1:
         return pool
     features = frozenset(needs.features)
@@ -330,14 +345,16 @@ class Filter(Generic[By]):
         return Pool(each for each, why in both if not why), gone
 
 
-def _unwanted(candidate: Candidate, wish: tuple[Sequence[str], Sequence[str], Sequence[str]]) -> str | None:
+def _unwanted(candidate: Candidate, wish: Preferences) -> str | None:
     """A provider that has preferences of the same kind (OpenRouter) is asked, and told of them, unless it is named."""
-    name, (order, only, ignore) = candidate.to.provider.name, wish
-    if name in ignore:
+    name = candidate.to.provider.name
+    if name in wish.ignore:
         return "the request ignores its provider"
-    if "provider" in candidate.to.provider.keeps and name not in (*order, *only):
+    if "provider" in candidate.to.provider.keeps and name not in (*wish.order, *wish.only):
         return None
-    if only and name not in only:
+    if wish.unknown:
+        return f"it does not know 'provider.{wish.unknown[0][:64]}'"
+    if (wish.only and name not in wish.only) or (wish.pinned and name not in wish.order):
         return "the request wants other providers only"
     return None
 

@@ -414,7 +414,10 @@ class Call:
 
 def parse(surface: Surface, raw: bytes) -> Call:
     """Decode and check a body; raises InvalidRequest with OpenAI's own `param` and `code`."""
-    body = checked(SHAPES[surface], raw)
+    body = decode(raw)
+    if body.get("model") is None and isinstance(named := body.get("models"), list) and named:
+        body["model"], *body["models"] = cast("list[Any]", named)
+    validated(SHAPES[surface], body)
     _check_together(surface, body)
     return Call(surface, body)
 

@@ -25,8 +25,8 @@ async def explain(request: Request, key: Identified, services: Offered) -> JSONB
     removed: list[Removal] = []
     try:
         plan = gateway.plan(call, removed=removed)
-        told = Routing(plan.strategy, gateway.choose(plan, key, removed, ahead=1), removed).told()
+        told = Routing(plan.strategy, gateway.choose(plan, key, removed, ahead=1), removed).told(key)
     except GatewayError as refused:
-        told = {**Routing("none", None, removed).told(), "status": refused.status, **refused.body()}
+        told = {**Routing("none", None, removed).told(key), "status": refused.status, **refused.body()}
     seen = told if key.role == "admin" else generations.permitted(told)
     return JSONBytes({"object": "route", "model": call.model, **seen})

@@ -125,6 +125,7 @@ async def test_the_record_tells_the_same_as_the_dry_run(door: Door) -> None:
         ({"sort": "local"}, ["near/n"]),
         ({"max_price": {"prompt": 0.01}, "sort": "price"}, ["near/n", "lab/m"]),
         ({"order": ["openai"], "allow_fallbacks": False}, ["openai/gpt-4o-mini"]),
+        ({"order": ["near", "lab"], "allow_fallbacks": False}, ["near/n", "lab/m"]),
     ],
 )
 async def test_preferences_of_the_request(door: Door, wish: dict[str, Any], expected: list[str]) -> None:
@@ -144,6 +145,13 @@ async def test_preferences_of_the_request(door: Door, wish: dict[str, Any], expe
             (400, "decimal_below_min_value", "provider.max_price.prompt"),
         ),
         ("trio", {"provider": {"sort": "luck"}}, (400, "invalid_value", "provider.sort")),
+        ("trio", {"provider": {"onlyy": ["lab"]}}, (400, "unknown_parameter", "provider.onlyy")),
+        (
+            "trio",
+            {"provider": {"max_price": {"promt": 0}}},
+            (400, "unknown_parameter", "provider.max_price.promt"),
+        ),
+        ("pair", {"provider": {"order": ["near"], "allow_fallbacks": False}}, (400, "unknown_provider", "provider")),
         ("near/n", {"tools": TOOLS}, (400, "unsupported_parameter", "tools")),
         ("near/n", {"provider": {"max_price": {"prompt": 0}}}, None),
         ("lab/m", {"provider": {"max_price": {"prompt": 0}}}, (400, "invalid_value", "provider.max_price")),
@@ -159,6 +167,28 @@ async def test_what_leaves_nobody_says_so(door: Door, model: str, more: Any, see
     if seen and dry.status_code == 200:
         assert body["candidates"] == []
         assert body["status"] == seen[0]
+
+
+async def test_who_pins_providers_is_served_by_no_other(door: Door, provider: Upstream) -> None:
+    pinned = {"order": ["openai", "lab"], "allow_fallbacks": False}
+    told = await route(door, "trio", provider=pinned)
+    assert [each["deployment"] for each in told["candidates"]] == ["openai/gpt-4o-mini", "lab/m"]
+    provider.next(fake.answer(500, fake.error("broken")))
+    provider.next(fake.answer(500, fake.error("broken")))
+    assert await answered_by(door, "trio", provider=pinned) == "lab/m", "its own fallback"
+    provider.always("gpt-4o-mini", fake.answer(500, fake.error("broken")))
+    alone = await door.chat(model="trio", provider={**pinned, "order": ["openai"]})
+    assert refusal(alone)[:2] == (502, "upstream_error")
+
+
+async def test_models_may_stand_for_the_model(door: Door, provider: Upstream) -> None:
+    """As in OpenRouter's own example."""
+    body = {"models": ["near/n", "lab/m"], "messages": [{"role": "user", "content": "hello"}]}
+    assert (await door.ask("POST", "/v1/chat/completions", body)).json()["model"] == "near/n"
+    provider.always("n", fake.answer(500, fake.error("broken")))
+    assert (await door.ask("POST", "/v1/chat/completions", body)).json()["lightrail"]["provider"] == "lab"
+    nothing = await door.ask("POST", "/v1/chat/completions", {**body, "models": []})
+    assert refusal(nothing)[::2] == (400, "model")
 
 
 async def test_round_robin_is_strict_for_each_key_at_any_concurrency(tmp_path: Path, provider: Upstream) -> None:
@@ -189,9 +219,30 @@ async def test_a_switch_holds_everywhere_within_seconds(tmp_path: Path, provider
         assert refusal(await other.chat()) == (404, "model_not_found", "model")
         await other.ask("PATCH", "/admin/providers/lab", {"enabled": False})
         assert refusal(await other.chat(model="pair")) == (404, "model_not_found", "model")
+        shown = {each["id"]: each["active"] for each in (await other.ask("GET", "/v1/models")).json()["data"]}
+        names = ("openai/gpt-4o-mini", "openai/gpt-4o", "lab/m", "pair", "trio", "auto")
+        assert [shown[name] for name in names] == [False, True, False, False, True, True]
+        assert (await other.ask("GET", "/v1/models/lab/m")).json()["active"] is False
+        assert (await other.ask("GET", "/health")).json()["active_providers"] == ["near", "openai"]
+        unknown = await other.ask("POST", "/generate", {"prompt": "x", "provider": "nobody"})
+        assert unknown.json()["error"]["message"].endswith("Available: near")
         for path in ("/admin/models/openai/gpt-4o-mini", "/admin/providers/lab"):
             assert (await one.ask("PATCH", path, {"enabled": None})).json()["switched"] is None
         assert await answered_by(one, "pair") == "openai/gpt-4o-mini"
+
+
+async def test_an_administrator_sees_all_that_can_be_asked_in_its_place(tmp_path: Path, provider: Upstream) -> None:
+    (tmp_path / "gateway.toml").write_text(
+        f'[providers.far]\nbase_url = "{provider.url}"\nrequires = []\npriority = 9\n'
+        '[aliases]\nsome = [{ provider = "far", model = "only-here", priority = 3 }]\n'
+    )
+    async with opened(tmp_path, provider.url, ROUND_ROBIN="far/in-turn") as door:
+        listed = {each["id"]: each for each in (await door.ask("GET", "/admin/models")).json()["data"]}
+        assert listed["far/only-here"]["priority"] == listed["far/in-turn"]["priority"] == 9
+        assert listed["openai/gpt-4o"]["priority"] == 10
+        await door.ask("PATCH", "/admin/providers/openai", {"priority": 1})
+        listed = {each["id"]: each for each in (await door.ask("GET", "/admin/models")).json()["data"]}
+        assert listed["openai/gpt-4o"]["priority"] == 1
 
 
 async def test_an_administrator_puts_deployments_in_another_place(door: Door) -> None:
@@ -218,6 +269,8 @@ async def test_an_administrator_puts_deployments_in_another_place(door: Door) ->
         ("/admin/providers/openai", {"priority": -9_000_000}, (400, "integer_below_min_value", "priority")),
         ("/admin/providers/openai", {"colour": 1}, (400, "unknown_parameter", "colour")),
         ("/admin/providers/openai", {"resting": True}, (400, "invalid_value", "resting")),
+        ("/admin/providers/groq", {"enabled": True}, (400, "invalid_value", "enabled")),
+        ("/admin/models/groq/x", {"enabled": True}, (400, "invalid_value", "enabled")),
         ("/admin/providers/openai", [], (400, None, None)),
     ],
 )
@@ -249,6 +302,8 @@ async def test_what_fails_rests_in_every_process_until_it_is_woken(tmp_path: Pat
 async def test_an_account_without_credit_is_not_asked_again_until_somebody_says_so(
     door: Door, provider: Upstream
 ) -> None:
+    known = [{"role": "user", "content": "known"}]
+    assert (await door.chat(cache={"mode": "on"}, messages=known)).status_code == 200
     provider.next(fake.answer(402, fake.error("Insufficient balance")))
     assert refusal(await door.chat())[:2] == (502, "upstream_auth_error")
     asked = len(provider.seen)
@@ -257,6 +312,7 @@ async def test_an_account_without_credit_is_not_asked_again_until_somebody_says_
     assert 0 < int(again.headers["retry-after"]) <= 60
     assert len(provider.seen) == asked
     assert await answered_by(door, "pair") == "lab/m"
+    assert (await door.chat(cache={"mode": "on"}, messages=known)).headers["x-lightrail-cache"] == "hit"
     await door.ask("PATCH", "/admin/providers/openai", {"resting": False})
     assert await answered_by(door, "pair") == "openai/gpt-4o-mini"
 
@@ -296,5 +352,7 @@ async def test_a_key_of_few_models_routes_over_those(door: Door) -> None:
     assert (dry.json()["candidates"], dry.json()["removed"]) == ([], []), (
         "what a key may not use is none of its business"
     )
+    ignoring = {"model": "auto", "messages": [{"role": "user", "content": "x"}], "provider": {"ignore": ["near"]}}
+    assert "near" not in (await door.ask("POST", "/v1/route", ignoring, key)).text
     budgeted = (await door.make(balance_usd=1, models=["auto:price"]))["key"]
     assert (await door.chat(budgeted, "auto:price")).json()["lightrail"]["provider"] == "near"

@@ -928,6 +928,17 @@ async def test_cut_in_two_segments_at_every_byte(world: World, row: str) -> None
         assert set(await asyncio.gather(*(streamed(world, model) for model in models))) == {"h✓l😀"}
 
 
+async def test_who_never_answers_a_whole_request_is_left_out_after_three(open_world: Open) -> None:
+    """H7: each may wait until the total time, so that nobody else is asked; but not for ever."""
+    world = await open_world({**BUDGETS, "TOTAL_TIMEOUT": "0.5"})
+    world.first.always("m", sleep(30))
+    late = [await world.ask("first/m", "second/m") for _ in range(3)]
+    assert [(each.error.status, each.error.code) for each in late if isinstance(each.error, GatewayError)] == [
+        (504, "upstream_timeout")
+    ] * 3
+    assert attempts(await world.ask("first/m", "second/m")) == [("second", None)]
+
+
 async def test_one_byte_a_segment(world: World) -> None:
     """E2."""
     world.first.always("m", send(head(200, CLOSING)), apart(*(bytes([byte]) for byte in SHORTEST)), close())

@@ -154,6 +154,8 @@ OPENROUTER = row("openrouter", keeps=("provider", "models"))
         ({"max_price": {"prompt": 1}}, ["a/x", "openrouter/x"]),
         ({"max_price": {"completion": 0.5}}, []),
         ({"only": ["a"], "ignore": ["a", "openrouter"]}, []),
+        ({"order": ["b"], "allow_fallbacks": False, "ignore": ["openrouter"]}, ["b/x"]),
+        ({"order": ["b", "a"], "allow_fallbacks": False, "ignore": ["openrouter"]}, ["a/x", "b/x"]),
     ],
 )
 def test_preferences_leave_some_out(wish: dict[str, Any], left: list[str]) -> None:
@@ -320,10 +322,11 @@ def test_what_is_left_of_many_is_worked_out_once() -> None:
     assert switched_on(members, removed, Switches({"q": Switch(enabled=False)}).applied) is members
 
 
-def test_what_nobody_knows_of_max_price_is_for_others() -> None:
-    members = pool(to("a/x"), to("b/x", (5, 5)))
-    wish = Preferences.of({"max_price": {"image": [1], "prompt": None, "completion": 2}})
-    assert ids(filtered(members, NEEDS, wish, [])) == ["a/x"]
+@pytest.mark.parametrize("wish", [{"max_price": {"image": [1], "prompt": None}}, {"data_collection": "deny"}])
+def test_a_preference_that_we_do_not_know_is_for_those_who_may(wish: dict[str, Any]) -> None:
+    members = pool(to("a/x"), to("openrouter/x", provider=OPENROUTER))
+    assert ids(filtered(members, NEEDS, Preferences.of(wish), [])) == ["openrouter/x"]
+    assert ids(filtered(members, NEEDS, Preferences.of(dict.fromkeys(wish)), [])) == ["a/x", "openrouter/x"]
 
 
 def test_the_first_of_each_provider_takes_turns_and_named_fallbacks_stay() -> None:
