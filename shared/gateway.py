@@ -371,7 +371,7 @@ class Gateway:
         exchange.answered()
         to, health, now = exchange.deployment.id, self.state.health, self._clock()
         self.state.wake(health.succeeded(to, now - exchange.attempts[-1].seconds))
-        health.measure(to, *exchange.speed(), now)
+        health.measure(to, *exchange.speed(), now, stream=exchange.call.stream)
         if exchange.lookup:
             exchange.lookup.land(answer.kept())
 

@@ -115,7 +115,7 @@ class Health:
 
     def __init__(self) -> None:
         self._breakers: dict[str, _Breaker] = {}
-        self._latency = _Means(PRIOR_LATENCY)
+        self._latency = {True: _Means(PRIOR_LATENCY), False: _Means(PRIOR_LATENCY)}
         self._throughput = _Means(PRIOR_THROUGHPUT)
 
     def resting(self, now: float, among: KeysView[str] | None = None) -> dict[str, Rest]:
@@ -182,15 +182,17 @@ class Health:
         for name in names:
             self._breakers.pop(name, None)
 
-    def measure(self, target: str, latency: float, throughput: float | None, now: float) -> None:
+    def measure(
+        self, target: str, latency: float, throughput: float | None, now: float, *, stream: bool = True
+    ) -> None:
         """Seconds to the first content; output tokens per second after it, where there were enough to tell."""
-        self._latency.add(target, latency, now)
+        self._latency[stream].add(target, latency, now)
         if throughput is not None:
             self._throughput.add(target, throughput, now)
 
-    def latencies(self, now: float) -> Mapping[str, float]:
-        """By deployment, of those that were measured."""
-        return self._latency.values(now)
+    def latencies(self, now: float, *, stream: bool = True) -> Mapping[str, float]:
+        """By deployment, of those that were measured: by streams, or by whole answers, whose first content is all."""
+        return self._latency[stream].values(now)
 
     def throughputs(self, now: float) -> Mapping[str, float]:
         return self._throughput.values(now)

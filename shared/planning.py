@@ -64,7 +64,11 @@ class Planner:
         wish, first = self._wish(call, pool), [candidate.to for candidate in pool.candidates[:MAX_ATTEMPTS]]
         prompt, output = Prompt.read(call.body, call.surface), reserved_output(call, first)
         needs = Needs(
-            call.features, prompt.estimate(first[0].model), output // max(1, call.generated), call.max_tokens or 0
+            call.features,
+            prompt.estimate(first[0].model),
+            output // max(1, call.generated),
+            call.max_tokens or 0,
+            call.stream,
         )
         lookup = self._cache.lookup(call, key_id) if key_id else None
         pool, outgoing = filtered(pool, needs, wish, removed), None

@@ -146,6 +146,7 @@ class Needs(NamedTuple):
     prompt: int = 0
     output: int = 0
     bound: int = 0
+    stream: bool = False
 
 
 class Ranked(NamedTuple):
@@ -251,7 +252,7 @@ def ordered(
             scores = _prices(pool, max(1, needs.prompt), max(1, needs.output))
             places = _best_first(pool, scores, dice)
         case "latency":
-            known = health.latencies(now)
+            known = health.latencies(now, stream=needs.stream)
             scores = [known.get(each, PRIOR_LATENCY) for each in pool.ids]
             places = _best_first(pool, scores, dice)
         case "throughput":

@@ -125,6 +125,7 @@ def _deployment(to: Deployment, services: Services) -> JSON:
         "switched": own._asdict() if own else None,
         "resting": _rest(resting.get(to.provider.name) or resting.get(to.id), now),
         "latency_seconds": health.latencies(now).get(to.id),
+        "whole_answer_seconds": health.latencies(now, stream=False).get(to.id),
         "tokens_per_second": health.throughputs(now).get(to.id),
     }
 

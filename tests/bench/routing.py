@@ -65,7 +65,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     def decided(
         strategy: Strategy, key: VirtualKey, known: Health, wish: Preferences, features: frozenset[str]
     ) -> Order:
-        needs = Needs(features, 1000, 500)
+        needs = Needs(features, 1000, 500, stream=True)
         left = permitted(filtered(everyone, needs, wish, []), key, None, [])
         left = switched_on(left, [], switches.applied if key is HELD else None)
         found = ordered(left, strategy, wish, needs=needs, health=known, now=NOW, dice=dice, turn=7)

@@ -32,7 +32,7 @@ from shared.state import Switch, Switches
 from shared.store.base import VirtualKey
 
 NOW = 1_800_000_000.0
-NEEDS = Needs((), 1000, 500)
+NEEDS = Needs((), 1000, 500, stream=True)
 
 
 def row(name: str, **more: Any) -> Provider:
@@ -120,6 +120,9 @@ def test_the_fast_comes_first_and_the_unknown_before_the_slow() -> None:
     assert order(members, "latency", health=health) == ["a/x", "c/x", "b/x"]
     assert order(members, "throughput", health=health) == ["b/x", "c/x", "a/x"]
     assert order(members, "latency", health=health, now=NOW + 3600)[2] == "b/x"
+    health.measure("b/x", 0.1, None, NOW, stream=False)
+    assert order(members, "latency", health=health) == ["a/x", "c/x", "b/x"], "a short whole answer is no fast start"
+    assert order(members, "latency", health=health, needs=Needs())[0] == "b/x"
     assert health.latencies(NOW + 86400)["b/x"] == pytest.approx(1.0, abs=0.01), "what is long ago is forgotten"
 
 
