@@ -18,7 +18,7 @@ from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
 from shared.providers.parts import data_uri
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
-from shared.providers.thinking import Thought, signed, think, thoughts
+from shared.providers.thinking import Place, Thought, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
 from shared.sse import Decoder
@@ -204,9 +204,10 @@ def _spoken(message: JSON, to: Deployment, thought: Thought, ids: CallIds) -> li
             result: JSON = {"type": "tool_result", "tool_use_id": ids.of_result(call_id)}
             return [result | ({"content": blocks} if (blocks := _content(content, to)) else {})]
         case {"role": "assistant"}:
-            said = _content(message.get("content") or message.get("refusal"), to)
-            calls = [_tool_use(call, to, ids) for call in message.get("tool_calls") or ()]
-            return [*(thoughts(message, to) if thought.on else ()), *said, *calls]
+            said: list[JSON] = []
+            for thinking, content, calls in stretches(message, to, reminded=thought.on):
+                said += [*thinking, *_content(content, to), *(_tool_use(call, to, ids) for call in calls)]
+            return said
         case _:
             return _content(message["content"], to)
 
@@ -271,14 +272,20 @@ def _message(body: JSON, to: Deployment) -> JSON:
     said: JSON = {"role": "assistant", "content": ""}
     blocks: list[JSON] = body["content"]
     annotations: list[JSON] = []
+    uses: list[JSON] = []
+    thinking: list[tuple[Place, JSON]] = []
     for block in blocks:
+        start = len(said["content"])
         if block["type"] == "text":
-            start, said["content"] = len(said["content"]), said["content"] + block["text"]
+            said["content"] += block["text"]
             annotations += _annotations(block.get("citations"), start, len(said["content"]))
-    uses = [block for block in blocks if block["type"] == "tool_use"]
-    thinking = [block for block in blocks if block["type"] in THOUGHTS]
+        elif block["type"] == "tool_use":
+            uses.append(block)
+        elif block["type"] in THOUGHTS:
+            thinking.append(((start, len(uses)), block))
+    end = len(said["content"]), len(uses)
     said["content"] = said["content"] or (None if uses else "")
-    if text := "".join(text_of(block["thinking"]) for block in thinking if block["type"] == "thinking"):
+    if text := "".join(text_of(block["thinking"]) for _, block in thinking if block["type"] == "thinking"):
         said["reasoning_content"] = text
     if uses:
         said["tool_calls"] = [
@@ -289,7 +296,7 @@ def _message(body: JSON, to: Deployment) -> JSON:
     if explanation := _explanation(body):
         said["refusal"] = explanation
     if thinking:
-        said["extra_content"] = signed(thinking, to)
+        said["extra_content"] = signed(thinking, end, to)
     return said
 
 
@@ -321,7 +328,7 @@ class _Stream:
         self._open: dict[int, JSON] = {}
         self._calls = 0
         self._length = 0
-        self._thoughts: list[JSON] = []
+        self._thoughts: list[tuple[Place, JSON]] = []
         self._counts: JSON = {}
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
@@ -383,7 +390,7 @@ class _Stream:
             case {"type": "tool_use", "told": False}:  # no arguments, or all at the start
                 return more_arguments(block, orjson.dumps(block["input"]).decode())
             case {"type": "thinking" | "redacted_thinking"}:
-                self._thoughts.append(block)
+                self._thoughts.append(((self._length, self._calls), block))
                 return []
             case {"type": "text", "citations": [*citations]}:
                 return delta(annotations=_annotations(citations, block["start"], self._length))
@@ -398,7 +405,7 @@ class _Stream:
         usage = _usage(self._counts)
         if not (word := said["stop_reason"]):
             return [Piece({"choices": []}, usage)]
-        kept = signed(self._thoughts, self._to) if self._thoughts else None
+        kept = signed(self._thoughts, (self._length, self._calls), self._to) if self._thoughts else None
         choice: JSON = {"index": 0, "delta": {}}
         answers.finish(choice, text_of(word))
         return [

@@ -25,7 +25,7 @@ from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
-from shared.providers.thinking import WAYS, is_signed, level, signed, think, thoughts
+from shared.providers.thinking import WAYS, Place, is_signed, level, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
 from shared.sse import MAX_EVENT, TooLong
@@ -371,9 +371,9 @@ class _Blocks:
                 result = [block for block in said if "cachePoint" not in block]
                 blocks = [{"toolResult": {"toolUseId": self._ids.of_result(call_id), "content": result}}, *points[:1]]
             case {"role": "assistant"}:
-                said = self._content(message.get("content") or message.get("refusal"), "assistant")
-                thinking = thoughts(message, self._to) if reminded else []
-                blocks = [*thinking, *said, *map(self._tool_use, message.get("tool_calls") or ())]
+                blocks: list[JSON] = []
+                for thinking, content, calls in stretches(message, self._to, reminded=reminded):
+                    blocks += [*thinking, *self._content(content, "assistant"), *map(self._tool_use, calls)]
             case _:
                 blocks = self._content(message["content"], message["role"])
         return [*blocks, *(_cache_point(self._family, message) if blocks else ())]
@@ -435,27 +435,32 @@ class _Blocks:
 
 def _message(blocks: list[JSON], to: Deployment, *, hidden: bool) -> JSON:
     """The texts, the thoughts and the calls; what the provider's own tools did is not the caller's."""
-    uses = [block["toolUse"] for block in blocks if "toolUse" in block]
-    uses = [use for use in uses if use.get("type") != "server_tool_use"]
-    text = "".join(_texts(blocks))
+    text = ""
+    uses: list[JSON] = []
+    thinking: list[tuple[Place, JSON]] = []
+    for block in blocks:
+        if "reasoningContent" in block:
+            thinking.append(((len(text), len(uses)), block))
+        elif "toolUse" not in block:
+            text += "".join(_texts(block))
+        elif block["toolUse"].get("type") != "server_tool_use":
+            uses.append(block["toolUse"])
     said: JSON = {"role": "assistant", "content": text or (None if uses else "")}
-    thinking = [block for block in blocks if "reasoningContent" in block]
-    spoken = (object_of(block["reasoningContent"].get("reasoningText")).get("text") for block in thinking)
+    spoken = (object_of(block["reasoningContent"].get("reasoningText")).get("text") for _, block in thinking)
     if (reasoning := "".join(text_of(part) for part in spoken if part is not None)) and not hidden:
         said["reasoning_content"] = reasoning
     if uses:
         said["tool_calls"] = [
             tool_call(use["toolUseId"], use["name"], orjson.dumps(use["input"]).decode()) for use in uses
         ]
-    if kept := [block for block in thinking if is_signed(block)]:
-        said["extra_content"] = signed(kept, to)
+    if kept := [(place, block) for place, block in thinking if is_signed(block)]:
+        said["extra_content"] = signed(kept, (len(text), len(uses)), to)
     return said
 
 
-def _texts(blocks: list[JSON]) -> Iterator[str]:
-    for block in blocks:
-        cited: list[JSON] = object_of(block.get("citationsContent")).get("content") or []
-        yield from (text_of(part["text"]) for part in (block, *cited) if "text" in part)
+def _texts(block: JSON) -> Iterator[str]:
+    cited: list[JSON] = object_of(block.get("citationsContent")).get("content") or []
+    yield from (text_of(part["text"]) for part in (block, *cited) if "text" in part)
 
 
 class _Stream:
@@ -467,10 +472,11 @@ class _Stream:
     def __init__(self, to: Deployment, *, hidden: bool) -> None:
         self._to = to
         self._hidden = hidden
+        self._length = 0
         self._count = 0
         self._calls: dict[int, JSON] = {}
         self._thoughts: dict[int, dict[str, str]] = {}
-        self._signed: list[JSON] = []
+        self._signed: list[tuple[Place, JSON]] = []
         self._due = {"messageStop", "metadata"}
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
@@ -484,7 +490,8 @@ class _Stream:
             case "messageStop":
                 choice: JSON = {"index": 0, "delta": {}}
                 answers.finish(choice, text_of(data["stopReason"]))
-                kept = signed(self._signed, self._to) if self._signed else None  # once: clients join what comes twice
+                end = self._length, self._count
+                kept = signed(self._signed, end, self._to) if self._signed else None  # once: clients join what is twice
                 pieces = [*delta(extra_content=kept), Piece({"choices": [choice]})]
             case "metadata":
                 pieces = [Piece({"choices": []}, _usage(data.get("usage")))]
@@ -509,7 +516,8 @@ class _Stream:
     def _more(self, index: int, said: JSON) -> list[Piece]:
         match said:
             case {"text": text}:
-                return delta(content=text_of(text))
+                self._length += len(text_of(text))
+                return delta(content=text)
             case {"toolUse": {"input": arguments}}:
                 return more_arguments(self._calls[index], text_of(arguments))
             case {"reasoningContent": {**thought}}:
@@ -523,11 +531,11 @@ class _Stream:
     def _ended(self, index: int) -> list[Piece]:
         if call := self._calls.get(index):
             return [] if call.get("told") else more_arguments(call, "{}")
-        thought = self._thoughts.pop(index, {})
+        thought, place = self._thoughts.pop(index, {}), (self._length, self._count)
         if redacted := thought.get("redactedContent"):
-            self._signed.append({"reasoningContent": {"redactedContent": redacted}})
+            self._signed.append((place, {"reasoningContent": {"redactedContent": redacted}}))
         elif thought.get("signature"):
-            self._signed.append({"reasoningContent": {"reasoningText": {"text": "", **thought}}})
+            self._signed.append((place, {"reasoningContent": {"reasoningText": {"text": "", **thought}}}))
         return []
 
 

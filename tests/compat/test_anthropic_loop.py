@@ -9,7 +9,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.server import PROVIDER_KEY
-from tests.strict.anthropic import MODELS, anthropic, signature
+from tests.strict.anthropic import MODELS, anthropic, blocks, signature
 from tests.strict.loop import ANSWER, START, TURNS, client_of_gateway, kept, made, results, said
 from tests.upstream import Upstream
 
@@ -47,5 +47,6 @@ async def test_a_tool_loop(client: AsyncOpenAI, fake: Upstream, streams: bool, w
     answer = await said(client, messages=messages, **asked)
     assert not fake.malformed
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ANSWER, "stop")
-    turns = fake.seen[-1].json["messages"]
-    assert [turn["content"][0]["thinking"] for turn in turns if turn["role"] == "assistant"] == [t for t, _ in TURNS]
+    body = fake.seen[-1].json
+    turns = [turn["content"] for turn in body["messages"] if turn["role"] == "assistant"]
+    assert turns == [blocks(body, number) for number in range(len(TURNS))]

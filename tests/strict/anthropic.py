@@ -12,6 +12,7 @@ from tests.upstream import Exchange, MalformedError, answer, stream
 
 MODELS = ["claude-sonnet-4-5", "claude-opus-5"]
 """One that thinks by a budget, and one that thinks as it likes."""
+LOOK = "Let me look."
 FIELDS = {"model", "messages", "max_tokens", "system", "stream", "tools", "thinking", "output_config"}
 
 
@@ -57,6 +58,8 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
     calls, last = any(block["type"] == "tool_use" for block in content), at == len(body["messages"]) - 2
     if last and calls and content[0]["type"] != "thinking" and (body.get("thinking") or {}).get("type") == "enabled":
         raise MalformedError("Expected `thinking` or `redacted_thinking`, but found `tool_use`.")
+    if last and thoughts(content) not in ([], thoughts(blocks(body, at // 2))):
+        raise MalformedError("`thinking` blocks in the latest assistant message cannot be modified.")
     for block in content:
         match block:
             case {"type": "text", "text": text, **rest} if text.strip() and not rest:
@@ -64,6 +67,8 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
             case {"type": "thinking", "thinking": thought, "signature": signed, **rest} if not rest:
                 if signed != signature(body["model"], thought):
                     raise MalformedError("Invalid `signature` in `thinking` block")
+            case {"type": "redacted_thinking", "data": str(), **rest} if not rest:
+                pass
             case {"type": "tool_use", "id": call_id, "name": _, "input": dict(), **rest} if not rest:
                 if not re.fullmatch("[a-zA-Z0-9_-]+", call_id):
                     raise MalformedError("tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'")
@@ -73,13 +78,22 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
                 raise MalformedError(f"messages.{at}: {block['type']}: Extra inputs are not permitted")
 
 
+def thoughts(content: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """And where they stand."""
+    return [(at, block) for at, block in enumerate(content) if block["type"].endswith("thinking")]
+
+
 def blocks(body: dict[str, Any], turn: int) -> list[dict[str, Any]]:
+    """Who thinks as it likes does so in between, too."""
     thought, calls = plan(turn)
     thinking = {"type": "thinking", "thinking": thought, "signature": signature(body["model"], thought)}
     uses = [
         {"type": "tool_use", "id": f"toolu_{turn}{index}", "name": name, "input": arguments}
         for index, (name, arguments) in enumerate(calls)
     ]
+    if body["model"] == MODELS[1] and uses:
+        hidden = {"type": "redacted_thinking", "data": thought[::-1]}
+        return [{"type": "text", "text": LOOK}, thinking, uses[0], *([hidden, *uses[1:]] if uses[1:] else ())]
     return [*([thinking] if "thinking" in body and uses else ()), *(uses or [{"type": "text", "text": ANSWER}])]
 
 
@@ -99,6 +113,8 @@ def events(body: dict[str, Any], said: list[dict[str, Any]], end: dict[str, Any]
                     {"type": "thinking_delta", "thinking": text},
                     {"type": "signature_delta", "signature": signed},
                 ]
+            case {"type": "redacted_thinking"}:
+                empty, deltas = {}, []
             case _:
                 whole = json.dumps(block["input"]) if block["input"] else ""
                 empty = {"input": {}}

@@ -89,6 +89,8 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
     thinks, last = "additionalModelRequestFields" in body, at == len(body["messages"]) - 2
     if last and thinks and any("toolUse" in block for block in content) and "reasoningContent" not in content[0]:
         raise MalformedError("Expected `thinking` or `redacted_thinking`, but found `tool_use`.")
+    if last and thoughts(content) not in ([], thoughts(blocks(body, at // 2))):
+        raise MalformedError("`thinking` blocks in the latest assistant message cannot be modified.")
     for block in content:
         ((kind, said),) = block.items()
         match kind, said:
@@ -108,17 +110,22 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
                 raise MalformedError(f"messages.{at}: {kind}: extraneous key is not permitted")
 
 
+def thoughts(content: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """And where they stand."""
+    return [(at, block) for at, block in enumerate(content) if "reasoningContent" in block]
+
+
 def blocks(body: dict[str, Any], turn: int) -> list[dict[str, Any]]:
     thought, calls = plan(turn)
-    thinking = [
-        {"reasoningContent": {"reasoningText": {"text": thought, "signature": signature(thought)}}},
-        {"reasoningContent": {"redactedContent": REDACTED}},
-    ]
+    thinking = {"reasoningContent": {"reasoningText": {"text": thought, "signature": signature(thought)}}}
+    hidden = {"reasoningContent": {"redactedContent": REDACTED}}
     uses = [
         {"toolUse": {"toolUseId": f"tooluse_{turn}{index}", "name": name, "input": arguments}}
         for index, (name, arguments) in enumerate(calls)
     ]
-    return [*(thinking if "additionalModelRequestFields" in body and uses else ()), *(uses or [{"text": ANSWER}])]
+    if "additionalModelRequestFields" in body and uses:
+        return [thinking, hidden, uses[0], *([hidden, *uses[1:]] if uses[1:] else ())]
+    return uses or [{"text": ANSWER}]
 
 
 def events(said: list[dict[str, Any]], end: dict[str, Any]) -> Iterator[bytes]:

@@ -506,6 +506,76 @@ def test_thoughts_of_what_was_answered_long_ago_are_not_demanded() -> None:
     assert sent(ask(messages=done, reasoning_effort="low"))["thinking"] == enabled(12800)
 
 
+MUSED = [
+    text("Let me look."),
+    {"type": "thinking", "thinking": "One.", "signature": "b25l"},
+    {"type": "tool_use", "id": "t1", "name": "f", "input": {}},
+    {"type": "thinking", "thinking": "Two.", "signature": "dHdv"},
+    {"type": "redacted_thinking", "data": "dGhyZWU="},
+    text(" And there."),
+    {"type": "tool_use", "id": "t2", "name": "f", "input": {}},
+]
+"""What it thought in between, too."""
+
+
+def mused(content: list[dict[str, Any]] = MUSED) -> dict[str, Any]:
+    return {"type": "message", "content": content, "stop_reason": "tool_use"}
+
+
+def streamed_musing() -> list[dict[str, Any]]:
+    deltas = {"text": ("text_delta", "text"), "thinking": ("signature_delta", "signature")}
+    events = [BEGUN]
+    for index, block in enumerate(MUSED):
+        kind, name = deltas.get(block["type"], ("", ""))
+        events.append(start(index, **{**block, name: ""} if name else block))
+        events += [delta(index, kind, **{name: block[name]})] if name else []
+        events.append(stop(index))
+    return [*events, *end("tool_use")]
+
+
+def test_what_was_thought_in_between_goes_back_to_its_place() -> None:
+    """ "`thinking` blocks in the latest assistant message cannot be modified": their order counts, too."""
+    said = DIALECT.completion(ask(), ADAPTIVE, mused()).body["choices"][0]["message"]
+    *_, kept = deltas(run(*streamed_musing(), to=ADAPTIVE))
+    assert kept == {"extra_content": said["extra_content"]}
+    asked: dict[str, Any] = {"to": ADAPTIVE, "reasoning_effort": "low"}
+
+    def again(**changed: Any) -> Any:
+        return conversation(*HI, {**said, **changed}, result("t1"), result("t2"), **asked)[1][1]
+
+    assert again() == MUSED
+    assert again(content=[{"type": "text", "text": said["content"]}]) == MUSED, "as some clients put it"
+    first = {"thinking", "redacted_thinking"}
+    simple = ["thinking", "thinking", "redacted_thinking", "text", "tool_use", "tool_use"]
+    for other in ("Let me look again. And there.", "Let me", "", None):
+        blocks = again(content=other)
+        assert [block["type"] for block in blocks] == [kind for kind in simple if other or kind != "text"]
+        assert [block for block in blocks if block["type"] in first] == [MUSED[1], MUSED[3], MUSED[4]]
+    one = conversation(*HI, {**said, "tool_calls": said["tool_calls"][:1]}, result("t1"), **asked)[1][1]
+    assert [block["type"] for block in one] == simple[:-1]
+
+
+@pytest.mark.parametrize(
+    "places",
+    [None, "x", 7, [], [[0, 0]] * 4, [[12, 0], [12, 1], [12, 1]], [[12, 0], [3, 1], [12, 1], [23, 2]],
+     [[12, 0], [12, 1], [12, "1"], [23, 2]], [[-1, 0], [12, 1], [12, 1], [23, 2]], [[12, 0], [12, 1], [23, 2], [23, 2]],
+     [[12], [12, 1], [12, 1], [23, 2]], [{}, 1, None, [23, 2]]],
+)  # fmt: skip
+def test_places_that_cannot_be_are_not_believed(places: Any) -> None:
+    said = DIALECT.completion(ask(), ADAPTIVE, mused()).body["choices"][0]["message"]
+    assert said["extra_content"]["anthropic"]["places"] == [[12, 0], [12, 1], [12, 1], [23, 2]]
+    said["extra_content"]["anthropic"]["places"] = places
+    history = conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
+    assert history[1][1] == [MUSED[1], MUSED[3], MUSED[4], text("Let me look. And there."), MUSED[2], MUSED[6]]
+
+
+def test_blank_text_before_a_thought_is_left_out() -> None:
+    blank = [text("\n\n"), *MUSED[1:]]
+    said = DIALECT.completion(ask(), ADAPTIVE, mused(blank)).body["choices"][0]["message"]
+    history = conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
+    assert history[1][1] == MUSED[1:]
+
+
 def test_what_chats_alone_have_nobody_has_checked_in_a_legacy_completion() -> None:
     odd = {"messages": [1], "tools": 5, "response_format": "x", "max_completion_tokens": -5, "session_id": 7}
     call = Call("completions", {"model": "m", "prompt": "Once", "max_tokens": 4, **odd})
@@ -691,8 +761,8 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
-def run(*events: dict[str, Any]) -> list[Piece]:
-    translate = DIALECT.stream(ask(), BUDGET)
+def run(*events: dict[str, Any], to: Deployment = BUDGET) -> list[Piece]:
+    translate = DIALECT.stream(ask(), to)
     return [piece for event in events for piece in translate(event["type"], json.loads(json.dumps(event)))]
 
 

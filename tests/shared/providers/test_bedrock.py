@@ -624,6 +624,31 @@ def test_a_whole_answer() -> None:
     assert "reasoning_content" not in answered(whole([THOUGHT]), reasoning={"exclude": True})["message"]
 
 
+def test_what_was_thought_in_between_goes_back_to_its_place() -> None:
+    """ "`thinking` blocks in the latest assistant message cannot be modified": their order counts, too."""
+    one, two = ({"reasoningContent": {"reasoningText": {"text": each, "signature": "c2ln"}}} for each in ("1", "2"))
+    cited = {"citationsContent": {"content": [{"text": "I look."}]}}
+    blocks = [cited, one, use(), two, HIDDEN, {"text": "More."}, use("c2")]
+    said = answered(whole([UNSIGNED, *blocks], "tool_use"), OPUS)["message"]
+    results = [{"role": "tool", "tool_call_id": each, "content": "rain"} for each in ("c1", "c2")]
+    history = turns(*HI, said, *results, to=OPUS, tools=[WEATHER], reasoning_effort="low")
+    assert history[1]["content"] == [{"text": "I look."}, *blocks[1:]]
+    changed = turns(*HI, {**said, "content": "Hm."}, *results, to=OPUS, tools=[WEATHER], reasoning_effort="low")
+    assert changed[1]["content"] == [one, two, HIDDEN, {"text": "Hm."}, use(), use("c2")]
+    frames = [
+        delta(0, text="I look."), stop(0),
+        delta(1, reasoningContent={"text": "1"}), delta(1, reasoningContent={"signature": "c2ln"}), stop(1),
+        start(2, toolUse=use()["toolUse"]), stop(2),
+        delta(3, reasoningContent={"text": "2"}), delta(3, reasoningContent={"signature": "c2ln"}), stop(3),
+        delta(4, reasoningContent=HIDDEN["reasoningContent"]), stop(4),
+        delta(5, text="More."), stop(5),
+        start(6, toolUse=use("c2")["toolUse"]), stop(6),
+    ]  # fmt: skip
+    streamed = [piece.body for piece in translated(*frames, TOOL_USE, USAGE, to=OPUS)]
+    (kept,) = (c["delta"] for body in streamed for c in body.get("choices", ()) if "extra_content" in c["delta"])
+    assert kept == {"extra_content": said["extra_content"]}
+
+
 def test_what_bedrocks_own_tools_did_is_not_the_callers() -> None:
     own = use("s1", name="nova_code_interpreter", type="server_tool_use")
     ran = {"toolResult": {"toolUseId": "s1", "content": [{"json": {"stdOut": "7"}}]}}
@@ -674,8 +699,8 @@ def test_five_kinds_of_token() -> None:
 # Streams
 
 
-def translated(*frames: bytes, **asked: Any) -> list[Piece]:
-    decoder, translate = DIALECT.decoder(), DIALECT.stream(ask(stream=True, **asked), SONNET)
+def translated(*frames: bytes, to: Deployment = SONNET, **asked: Any) -> list[Piece]:
+    decoder, translate = DIALECT.decoder(), DIALECT.stream(ask(stream=True, **asked), to)
     return [
         piece for frame in frames for name, data in decoder.feed(frame) for piece in translate(name, json.loads(data))
     ]
