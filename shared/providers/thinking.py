@@ -45,7 +45,7 @@ def think(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *
     """What the caller asks for, in the model's own way; what cannot be is told as dropped.
 
     `max_tokens` includes what is thought. `forced`: to call a tool, at which only models that think by themselves may
-    think. With a budget it must be shown what it thought before the calls that are now answered:
+    think. With a budget it must be shown what it thought at the start of the turn whose calls are now answered:
     https://platform.claude.com/docs/en/build-with-claude/thinking-tool-workflows"""
     how = to.provider.thinks(to.model)
     effort, budget = parameters.reasoning()
@@ -143,7 +143,16 @@ def is_signed(block: JSON) -> bool:
 
 
 def _forgotten(call: Call, to: Deployment) -> bool:
-    """Whether what was thought before the last calls is not known, as they are another's, or nobody kept it."""
+    """Whether what was thought before the calls now answered is not known, as they are another's, or nobody kept it.
+
+    "A tool-use loop is one assistant turn", which need only begin with a thought: later calls may have none."""
+    first: JSON | None = None
     messages: list[JSON] = call.body["messages"]
-    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
-    return last is not None and bool(last.get("tool_calls")) and not thoughts(last, to)
+    for message in reversed(messages):
+        if message["role"] == "assistant":
+            if first is None and not message.get("tool_calls"):
+                return False
+            first = message
+        elif first is not None and message["role"] == "user":
+            break
+    return first is not None and not thoughts(first, to)

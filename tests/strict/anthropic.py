@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.strict.loop import ANSWER, TURNS, plan
+from tests.strict.loop import ANSWER, TURNS, plan, thinks
 from tests.upstream import Exchange, MalformedError, answer, stream
 
 MODELS = ["claude-sonnet-4-5", "claude-opus-5"]
@@ -56,7 +56,8 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
     if results != called:
         raise MalformedError("tool_use ids were found without tool_result blocks immediately after")
     calls, last = any(block["type"] == "tool_use" for block in content), at == len(body["messages"]) - 2
-    if last and calls and content[0]["type"] != "thinking" and (body.get("thinking") or {}).get("type") == "enabled":
+    manual, first = (body.get("thinking") or {}).get("type") == "enabled", begun(body["messages"], at)
+    if last and calls and manual and first["content"][0]["type"] != "thinking":
         raise MalformedError("Expected `thinking` or `redacted_thinking`, but found `tool_use`.")
     if last and thoughts(content) not in ([], thoughts(blocks(body, at // 2))):
         raise MalformedError("`thinking` blocks in the latest assistant message cannot be modified.")
@@ -78,23 +79,30 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
                 raise MalformedError(f"messages.{at}: {block['type']}: Extra inputs are not permitted")
 
 
+def begun(messages: list[dict[str, Any]], at: int) -> dict[str, Any]:
+    """The first message of the assistant's turn that this one is of: a loop of tools is one turn."""
+    while at > 1 and messages[at - 1]["content"][0]["type"] == "tool_result":
+        at -= 2
+    return messages[at]
+
+
 def thoughts(content: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """And where they stand."""
     return [(at, block) for at, block in enumerate(content) if block["type"].endswith("thinking")]
 
 
 def blocks(body: dict[str, Any], turn: int) -> list[dict[str, Any]]:
-    """Who thinks as it likes does so in between, too."""
-    thought, calls = plan(turn)
+    between = body["model"] == MODELS[1]
+    thought, calls = thinks(turn, between=between), plan(turn)[1]
     thinking = {"type": "thinking", "thinking": thought, "signature": signature(body["model"], thought)}
     uses = [
         {"type": "tool_use", "id": f"toolu_{turn}{index}", "name": name, "input": arguments}
         for index, (name, arguments) in enumerate(calls)
     ]
-    if body["model"] == MODELS[1] and uses:
+    if between and uses:
         hidden = {"type": "redacted_thinking", "data": thought[::-1]}
         return [{"type": "text", "text": LOOK}, thinking, uses[0], *([hidden, *uses[1:]] if uses[1:] else ())]
-    return [*([thinking] if "thinking" in body and uses else ()), *(uses or [{"type": "text", "text": ANSWER}])]
+    return [*([thinking] if "thinking" in body and thought else ()), *(uses or [{"type": "text", "text": ANSWER}])]
 
 
 def events(body: dict[str, Any], said: list[dict[str, Any]], end: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -501,6 +501,21 @@ def test_without_its_thoughts_an_open_call_is_answered_without_thinking(extra: d
     assert sent(call, ADAPTIVE)["thinking"] == adaptive()
 
 
+def test_a_loop_of_tools_goes_on_thinking_where_its_start_was_thought_over() -> None:
+    """Without interleaving, Claude thinks before the first call only: the whole loop is one turn."""
+    first, later = [*HI, calling("1", **signed()), result("1")], [calling("2"), result("2")]
+    call = ask(messages=[*first, *later], reasoning_effort="medium")
+    assert sent(call)["thinking"] == enabled(32000)
+    assert dropped(call) == ()
+    assert conversation(*first, *later, reasoning_effort="medium")[1][1][:2] == THOUGHTS
+    foreign = [*HI, calling("1"), result("1"), calling("2", **signed()), result("2")]
+    assert dropped(ask(messages=foreign, reasoning_effort="medium")) == ("reasoning_effort",)
+    anew = ask(messages=[*first, *HI, *later], reasoning_effort="medium")
+    assert dropped(anew) == ("reasoning_effort",), "the turn that goes on began without"
+    asked = ask(messages=[*first, {"role": "developer", "content": "x"}, *later, *HI], reasoning_effort="medium")
+    assert dropped(asked) == ()
+
+
 def test_thoughts_of_what_was_answered_long_ago_are_not_demanded() -> None:
     done = [*HI, calling("1"), result("1"), {"role": "assistant", "content": "Done."}, *HI]
     assert sent(ask(messages=done, reasoning_effort="low"))["thinking"] == enabled(12800)

@@ -570,6 +570,18 @@ def test_thoughts_go_back_to_whom_thought_them() -> None:
     assert "reasoningContent" not in json.dumps(quiet), "where it does not think, it is not reminded"
 
 
+def test_a_loop_of_tools_goes_on_thinking_where_its_start_was_thought_over() -> None:
+    def answer(call_id: str) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": call_id, "content": "rain"}
+
+    later = [{"role": "assistant", "tool_calls": [call("c2")]}, answer("c2")]
+    own = ask(messages=[*HI, thinking(SONNET.model, THOUGHT), answer("c1"), *later], reasoning_effort="low")
+    assert dropped(own) == ()
+    assert sent(own)["messages"][1]["content"][0] == THOUGHT
+    foreign = [*HI, thinking(OPUS.model, THOUGHT), answer("c1"), *later]
+    assert dropped(ask(messages=foreign, reasoning_effort="low")) == ("reasoning_effort",)
+
+
 def test_encrypted_thoughts_of_gpt_go_back() -> None:
     answer = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
     own = turns(*HI, thinking(GPT.model, HIDDEN), answer, to=GPT, tools=[WEATHER])
