@@ -175,7 +175,7 @@ def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
     family, messages = to.provider.family(to.model), cast("list[JSON]", call.body["messages"])
     tools, choice = _tools(parameters, to, called=list(dict.fromkeys(chain.from_iterable(map(_called, messages)))))
     thought = _thought(call, parameters, to, max_tokens, forced="toolChoice" in tools or choice.get("type") in FORCED)
-    system, turns = _conversation(messages, to, reminded=thought.on or family != "claude")
+    system, turns = _conversation(messages, parameters, to, reminded=thought.on or family != "claude")
     own: JSON = parameters.take(FURTHER) if isinstance(call.body.get(FURTHER), dict) else {}
     fields: JSON = {
         **thought.fields,
@@ -341,14 +341,20 @@ def _called(message: JSON) -> Iterator[str]:
         yield from (call["function"]["name"] for call in message.get("tool_calls") or () if call.get("function"))
 
 
-def _conversation(messages: list[JSON], to: Deployment, *, reminded: bool) -> tuple[list[JSON], list[JSON]]:
+def _conversation(
+    messages: list[JSON], parameters: Parameters, to: Deployment, *, reminded: bool
+) -> tuple[list[JSON], list[JSON]]:
     """What the system says, wherever it says it, and the turns of user and assistant, results of tools first.
 
-    `reminded`: with what the model thought before."""
+    `reminded`: with what the model thought before. "A conversation must start with a user message": where it starts
+    with a greeting, it is one that says next to nothing, and that is told."""
     blocks = _Blocks(to)
     said = ((ROLES.get(message["role"], "user"), blocks.of(message, reminded=reminded)) for message in messages)
     system, turns = in_turns(said, to)
     as_claude_wants(turns, lambda block: "toolResult" in block)
+    if turns[0]["role"] != "user":
+        turns.insert(0, {"role": "user", "content": [{"text": "."}]})
+        parameters.tell("messages.role")
     return system, turns
 
 

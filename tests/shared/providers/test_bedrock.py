@@ -107,6 +107,7 @@ def assert_valid(outgoing: Outgoing) -> None:
     report = ParamValidator().validate({"modelId": "m", **with_bytes(body, shape)}, shape)
     assert not report.has_errors(), report.generate_report()
     roles = [turn["role"] for turn in body["messages"]]
+    assert roles[0] == "user", roles
     assert all(a != b for a, b in pairwise(roles)), roles
     for turn in body["messages"]:
         assert turn["content"]
@@ -410,6 +411,18 @@ def test_what_the_system_says_comes_first_wherever_it_stands() -> None:
     assert sent(ask(messages=[{"role": "system", "content": "A"}])) == {
         "messages": [{"role": "user", "content": [{"text": "A"}]}]
     }
+
+
+def test_who_is_greeted_is_said_to_have_begun() -> None:
+    """ "A conversation must start with a user message." """
+    greeting = [{"role": "assistant", "content": "Hello!"}, *HI]
+    begun = [{"role": "user", "content": [{"text": "."}]}, {"role": "assistant", "content": [{"text": "Hello!"}]}]
+    for before in ([], [{"role": "system", "content": "A"}], [{"role": "user", "content": ""}]):
+        call = ask(messages=[*before, *greeting])
+        assert sent(call)["messages"] == [*begun, *SAID_HI]
+        assert dropped(call) == ("messages.role",)
+    assert refused(ask(messages=greeting, strict=True)) == "messages.role"
+    assert dropped(ask(messages=[*HI, *greeting])) == ()
 
 
 def test_empty_answers_in_the_history_are_left_out() -> None:
