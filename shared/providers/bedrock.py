@@ -355,7 +355,16 @@ def _conversation(
     if turns[0]["role"] != "user":
         turns.insert(0, {"role": "user", "content": [{"text": "."}]})
         parameters.tell("messages.role")
+    for turn in turns if blocks.documents else ():
+        _name_documents(turn["content"])
     return system, turns
+
+
+def _name_documents(content: list[JSON]) -> None:
+    """ "A text block must be included when using documents": their names, where nobody says a word."""
+    places = [at for at, block in enumerate(content) if "document" in block]
+    if places and not any("text" in block for block in content):
+        content.insert(places[0], {"text": ", ".join(content[at]["document"]["name"] for at in places)})
 
 
 class _Blocks:
@@ -366,6 +375,11 @@ class _Blocks:
         self._family = to.provider.family(to.model)
         self._names: set[str] = set()
         self._ids = CallIds(CALL_IDS.get(self._family or "", CALL_ID))
+
+    @property
+    def documents(self) -> bool:
+        """Whether there were any."""
+        return bool(self._names)
 
     def of(self, message: JSON, *, reminded: bool) -> list[JSON]:
         match message:

@@ -111,6 +111,8 @@ def assert_valid(outgoing: Outgoing) -> None:
     assert all(a != b for a, b in pairwise(roles)), roles
     for turn in body["messages"]:
         assert turn["content"]
+        kinds = {kind for block in turn["content"] for kind in block}
+        assert "text" in kinds or "document" not in kinds, "A text block must be included when using documents."
         for block in turn["content"]:
             assert block.get("text", "x").strip()
             for use in (block.get("toolUse"), block.get("toolResult")):
@@ -457,6 +459,21 @@ def test_pictures_sound_and_documents() -> None:
     assert [block["document"]["name"] for block in documents] == ["Bilan 2024 ( )", "Bilan 2024 ( ) 2", "document"]
     assert [block["document"]["format"] for block in documents] == ["pdf", "pdf", "txt"]
     assert documents[0]["document"]["source"] == {"bytes": "JVBE"}
+
+
+def test_documents_that_nobody_says_a_word_about_are_named() -> None:
+    """ "A text block must be included when using documents." """
+    data = "data:application/pdf;base64,JVBE"
+    one, two = ({"type": "file", "file": {"file_data": data, "filename": each}} for each in ("a.pdf", "b.pdf"))
+    (turn,) = turns({"role": "user", "content": [one, two]})
+    assert [list(block) for block in turn["content"]] == [["text"], ["document"], ["document"]]
+    assert turn["content"][0] == {"text": "a, b"}
+    (*_, after) = turns(*CALLED, {"role": "user", "content": [one]}, tools=[WEATHER])
+    assert [list(block) for block in after["content"]] == [["toolResult"], ["toolResult"], ["text"], ["document"]]
+    (merged,) = turns({"role": "user", "content": [one, {"type": "text", "text": " "}]}, *HI)
+    assert [list(block) for block in merged["content"]] == [["document"], ["text"]], "a word in the turn is enough"
+    first, second = (turns({"role": "user", "content": [one]}, *more)[0] for more in ([], [CALLED[1], *CALLED[2:]]))
+    assert first == second, "in every turn that follows, too"
 
 
 POINT = {"cachePoint": {"type": "default"}}
