@@ -16,7 +16,7 @@ from shared.providers import answers, refusals
 from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
-from shared.providers.parts import data_uri
+from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
 from shared.providers.thinking import Place, Thought, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
@@ -26,6 +26,14 @@ from shared.sse import Decoder
 HEADERS = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
 MAX_TOKENS = 4096
 """Where nobody says how much: the API demands a bound."""
+PARTS = {
+    "system": {"text"},
+    "developer": {"text"},
+    "user": {"text", "image_url", "file", "document", "search_result", "container_upload"},
+    "assistant": {"text", "refusal"},
+    "tool": {"text", "image_url", "file", "document", "search_result"},
+}
+"""Which parts a message may have, by its role; the last three are Anthropic's own."""
 ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
 THOUGHTS = ("thinking", "redacted_thinking")
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
@@ -202,24 +210,25 @@ def _spoken(message: JSON, to: Deployment, thought: Thought, ids: CallIds) -> li
             raise unsupported(to, "messages", "does not support 'functions'")
         case {"role": "tool", "tool_call_id": call_id, "content": content}:
             result: JSON = {"type": "tool_result", "tool_use_id": ids.of_result(call_id)}
-            return [result | ({"content": blocks} if (blocks := _content(content, to)) else {})]
+            return [result | ({"content": blocks} if (blocks := _content(content, "tool", to)) else {})]
         case {"role": "assistant"}:
             said: list[JSON] = []
             for thinking, content, calls in stretches(message, to, reminded=thought.on):
-                said += [*thinking, *_content(content, to), *(_tool_use(call, to, ids) for call in calls)]
+                said += [*thinking, *_content(content, "assistant", to), *(_tool_use(call, to, ids) for call in calls)]
             return said
         case _:
-            return _content(message["content"], to)
+            return _content(message["content"], message["role"], to)
 
 
-def _content(content: str | list[JSON] | None, to: Deployment) -> list[JSON]:
+def _content(content: str | list[JSON] | None, role: str, to: Deployment) -> list[JSON]:
     """Without texts that say nothing, which are refused."""
     parts: list[JSON] = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    blocks = (_cached(_block(part, to), part) for part in parts)
+    blocks = (_cached(_block(part, role, to), part) for part in parts)
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
-def _block(part: JSON, to: Deployment) -> JSON:
+def _block(part: JSON, role: str, to: Deployment) -> JSON:
+    kind = kind_of(part, role, PARTS, to)
     match part:
         case {"type": "text", "text": text} | {"type": "refusal", "refusal": text}:
             return {"type": "text", "text": text}
@@ -231,7 +240,7 @@ def _block(part: JSON, to: Deployment) -> JSON:
         case {"type": "document" | "search_result" | "container_upload"}:
             return part  # Anthropic's own
         case _:
-            raise unsupported(to, "messages", f"does not support this '{part['type']}'")
+            raise unsupported(to, "messages", f"does not support this '{kind}'")
 
 
 def _image(url: str, to: Deployment) -> JSON:

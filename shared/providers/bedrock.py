@@ -23,7 +23,7 @@ from shared.providers import answers, refusals
 from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
 from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
-from shared.providers.parts import data_uri
+from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
 from shared.providers.thinking import WAYS, Place, is_signed, level, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
@@ -409,9 +409,7 @@ class _Blocks:
         return blocks
 
     def _block(self, part: JSON, role: str) -> JSON:
-        kind: str = part["type"]
-        if kind not in PARTS[role]:
-            raise unsupported(self._to, "messages", f"does not support '{kind}' in what the {role} says")
+        kind = kind_of(part, role, PARTS, self._to)
         match part:
             case {"type": "text", "text": text} | {"type": "refusal", "refusal": text}:
                 return {"text": text}

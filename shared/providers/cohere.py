@@ -12,6 +12,7 @@ from shared.errors import ProviderError
 from shared.providers import answers, refusals
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
+from shared.providers.parts import kind_of
 from shared.providers.pieces import count_of, delta, tool_call
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -206,9 +207,9 @@ def _content(content: str | list[JSON], role: str, to: Deployment) -> str | list
 
 
 def _part(part: JSON, role: str, to: Deployment) -> JSON:
-    kind: str = part["type"]
-    if kind not in PARTS[role] or kind not in part:
-        raise unsupported(to, "messages", f"does not support '{kind}' in what the {role} says")
+    kind = kind_of(part, role, PARTS, to)
+    if kind not in part:
+        raise unsupported(to, "messages", f"takes no '{kind}' without one")
     if kind == "refusal":
         return {"type": "text", "text": part["refusal"]}
     return {"type": kind, kind: part[kind]}

@@ -98,7 +98,7 @@ def stretches(message: JSON, to: Deployment, *, reminded: bool) -> list[Stretch]
     thinking = thoughts(message, to) if reminded else []
     if thinking and (told := _kept(message, to).get("places")):
         text = content if isinstance(content, str) else _joined(content or [])
-        if places := _places(told, len(thinking), (len(text), len(calls))):
+        if text is not None and (places := _places(told, len(thinking), (len(text), len(calls)))):
             blocks: list[list[JSON]] = [[], *([block] for block in thinking)]
             steps = zip(blocks, pairwise(places), strict=True)
             return [Stretch(block, text[a:b], calls[m:n]) for block, ((a, m), (b, n)) in steps]
@@ -117,9 +117,9 @@ def _places(told: Any, thinking: int, end: Place) -> list[Place]:
     return places if len(places) == thinking + 2 and places[-2] != places[-1] == end else []
 
 
-def _joined(parts: list[JSON]) -> str:
-    """Of texts, as some clients return them; "" where there is anything else, which is not of Claude."""
-    return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else ""
+def _joined(parts: list[JSON]) -> str | None:
+    """Of texts, as some clients return them; None where there is anything else, which Claude did not say."""
+    return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else None
 
 
 def thoughts(message: JSON, to: Deployment) -> list[JSON]:

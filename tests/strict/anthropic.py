@@ -37,6 +37,8 @@ def check(body: dict[str, Any]) -> int:
             raise MalformedError("thinking is not as this model takes it")
     if not all(tool.keys() == {"name", "description", "input_schema"} for tool in body["tools"]):
         raise MalformedError("tools.0: Extra inputs are not permitted")
+    if not all(block["type"] == "text" for block in body.get("system", [])):
+        raise MalformedError("system.0.type: Input should be 'text'")
     roles = [message["role"] for message in body["messages"]]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise MalformedError("roles must alternate")

@@ -174,6 +174,15 @@ def test_of_two_names_of_a_user_the_other_is_told_as_dropped() -> None:
         ({"tools": [{"type": "openrouter:web_search"}]}, "tools"),
         ({"tools": [function()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages"),
+        *(
+            ({"messages": [*HI, {"role": role, "content": [part]}]}, "messages")
+            for role in ("system", "developer", "assistant")
+            for part in (
+                {"type": "image_url", "image_url": {"url": "https://x.example/a.png"}},
+                {"type": "file", "file": {"file_data": "JVBE"}},
+                {"type": "document", "source": {}},
+            )
+        ),
         ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom"}]}]}, "messages"),
         ({"messages": [calling("1", arguments="[1]")]}, "messages"),
@@ -582,6 +591,13 @@ def test_places_that_cannot_be_are_not_believed(places: Any) -> None:
     said["extra_content"]["anthropic"]["places"] = places
     history = conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
     assert history[1][1] == [MUSED[1], MUSED[3], MUSED[4], text("Let me look. And there."), MUSED[2], MUSED[6]]
+
+
+def test_what_the_client_adds_is_not_lost_between_thoughts() -> None:
+    said = DIALECT.completion(ask(), ADAPTIVE, mused([MUSED[2], MUSED[3], MUSED[6]])).body["choices"][0]["message"]
+    said["content"] = [{"type": "image_url", "image_url": {"url": "https://x.example/a.png"}}]
+    with pytest.raises(UnsupportedParameter):
+        conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
 
 
 def test_blank_text_before_a_thought_is_left_out() -> None:
