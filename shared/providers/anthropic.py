@@ -13,7 +13,7 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
+from shared.providers.conversation import CallIds, as_claude_wants, function_of, heard, in_turns
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
@@ -81,7 +81,7 @@ DIALECT = ThroughChat(AnthropicDialect())
 def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int) -> JSON:
     tools, choice = _tools(parameters, to)
     thought = _thought(call, parameters, to, max_tokens, forced=bool(choice) and choice["type"] in ("any", "tool"))
-    system, turns = _conversation(call.body["messages"], to, thought)
+    system, turns = _conversation(call.body["messages"], parameters, to, thought)
     return {
         "model": to.model,
         "max_tokens": max_tokens,
@@ -189,10 +189,15 @@ def _cached(block: JSON, said: JSON) -> JSON:
     return {**block, "cache_control": control} if isinstance(control, dict) else block
 
 
-def _conversation(messages: list[JSON], to: Deployment, thought: Thought) -> tuple[list[JSON], list[JSON]]:
+def _conversation(
+    messages: list[JSON], parameters: Parameters, to: Deployment, thought: Thought
+) -> tuple[list[JSON], list[JSON]]:
     """What the system says, wherever it says it, and the turns of user and assistant, results of tools first."""
     ids = CallIds(to.provider.tool_ids or ".*")
-    said = ((ROLES.get(message["role"], "user"), _blocks(message, to, thought, ids)) for message in messages)
+    said = (
+        (ROLES.get(message["role"], "user"), _blocks(message, to, thought, ids))
+        for message in heard(messages, parameters, to)
+    )
     system, turns = in_turns(said, to)
     as_claude_wants(turns, lambda block: block["type"] == "tool_result")
     return system, turns

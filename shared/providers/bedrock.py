@@ -20,7 +20,7 @@ from botocore.eventstream import EventStreamBuffer, EventStreamHeaderParser, Par
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
+from shared.providers.conversation import CallIds, as_claude_wants, function_of, heard, in_turns
 from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
@@ -349,7 +349,10 @@ def _conversation(
     `reminded`: with what the model thought before. "A conversation must start with a user message": where it starts
     with a greeting, it is one that says next to nothing, and that is told."""
     blocks = _Blocks(to)
-    said = ((ROLES.get(message["role"], "user"), blocks.of(message, reminded=reminded)) for message in messages)
+    said = (
+        (ROLES.get(message["role"], "user"), blocks.of(message, reminded=reminded))
+        for message in heard(messages, parameters, to)
+    )
     system, turns = in_turns(said, to)
     as_claude_wants(turns, lambda block: "toolResult" in block)
     if turns[0]["role"] != "user":

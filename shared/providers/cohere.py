@@ -10,6 +10,7 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
+from shared.providers.conversation import heard
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import kind_of
@@ -102,7 +103,7 @@ def _chat(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
     presence = None if frequency else parameters.within("presence_penalty", 0, 1)
     return {
         "model": to.model,
-        "messages": _messages(body["messages"], to),
+        "messages": _messages(body["messages"], parameters, to),
         "stream": call.stream,
         "max_tokens": max_tokens,
         "temperature": parameters.within("temperature", 0, 1),
@@ -168,11 +169,11 @@ def _function(function: JSON) -> JSON:
     return {"name": function["name"], **described, "parameters": function.get("parameters") or NO_PARAMETERS}
 
 
-def _messages(messages: list[JSON], to: Deployment) -> list[JSON]:
+def _messages(messages: list[JSON], parameters: Parameters, to: Deployment) -> list[JSON]:
     """What the system says comes first and in one: https://docs.cohere.com/reference/errors takes it nowhere else."""
     system: list[JSON] = []
     others: list[JSON] = []
-    for message in messages:
+    for message in heard(messages, parameters, to, detail=True):
         if message["role"] in ("system", "developer"):
             content = _content(message["content"], "system", to)
             system += content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []

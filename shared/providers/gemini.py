@@ -16,7 +16,7 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.conversation import function_of, in_turns
+from shared.providers.conversation import function_of, heard, in_turns
 from shared.providers.dialect import Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
@@ -152,7 +152,7 @@ DIALECT = ThroughChat(GeminiDialect())
 
 
 def _generate(call: Call, to: Deployment, parameters: Parameters, max_tokens: int | None) -> JSON:
-    system, turns = _conversation(call.body["messages"], to)
+    system, turns = _conversation(call.body["messages"], parameters, to)
     body: JSON = {"contents": turns}
     if system:
         body["systemInstruction"] = {"parts": system}
@@ -240,12 +240,14 @@ def _calling(choice: Any, to: Deployment) -> JSON | None:
             raise unsupported(to, "tool_choice", "does not support such a 'tool_choice'")
 
 
-def _conversation(messages: list[JSON], to: Deployment) -> tuple[list[JSON], list[JSON]]:
+def _conversation(messages: list[JSON], parameters: Parameters, to: Deployment) -> tuple[list[JSON], list[JSON]]:
     """The parts of the system instruction, wherever they stood, and the turns: neighbours of one role are one."""
     functions: dict[str, str] = {}
-    return in_turns(
-        ((ROLES.get(message["role"], "user"), _spoken(message, functions, to)) for message in messages), to, "parts"
+    said = (
+        (ROLES.get(message["role"], "user"), _spoken(message, functions, to))
+        for message in heard(messages, parameters, to)
     )
+    return in_turns(said, to, "parts")
 
 
 def _spoken(message: JSON, functions: dict[str, str], to: Deployment) -> list[JSON]:
@@ -314,7 +316,7 @@ def _result(message: JSON, functions: Mapping[str, str], to: Deployment) -> JSON
 
 
 def _parts(content: str | list[JSON] | None, role: str, to: Deployment) -> list[JSON]:
-    """Without empty texts, and without what only steers the price: cache points, the detail of images."""
+    """Without empty texts, and without what only steers the price: cache points."""
     if not isinstance(content, list):
         return [{"text": content}] if content else []
     return [sent for part in content if (sent := _part(part, role, to)) != {"text": ""}]
