@@ -13,12 +13,12 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
+from shared.providers.conversation import CallIds, as_claude_wants, function_of, heard, in_turns
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
-from shared.providers.parts import data_uri
+from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
-from shared.providers.thinking import Thought, signed, think, thoughts
+from shared.providers.thinking import Place, Thought, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
 from shared.sse import Decoder
@@ -26,6 +26,14 @@ from shared.sse import Decoder
 HEADERS = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
 MAX_TOKENS = 4096
 """Where nobody says how much: the API demands a bound."""
+PARTS = {
+    "system": {"text"},
+    "developer": {"text"},
+    "user": {"text", "image_url", "file", "document", "search_result", "container_upload"},
+    "assistant": {"text", "refusal"},
+    "tool": {"text", "image_url", "file", "document", "search_result"},
+}
+"""Which parts a message may have, by its role; the last three are Anthropic's own."""
 ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
 THOUGHTS = ("thinking", "redacted_thinking")
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
@@ -73,7 +81,7 @@ DIALECT = ThroughChat(AnthropicDialect())
 def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int) -> JSON:
     tools, choice = _tools(parameters, to)
     thought = _thought(call, parameters, to, max_tokens, forced=bool(choice) and choice["type"] in ("any", "tool"))
-    system, turns = _conversation(call.body["messages"], to, thought)
+    system, turns = _conversation(call.body["messages"], parameters, to, thought)
     return {
         "model": to.model,
         "max_tokens": max_tokens,
@@ -181,10 +189,15 @@ def _cached(block: JSON, said: JSON) -> JSON:
     return {**block, "cache_control": control} if isinstance(control, dict) else block
 
 
-def _conversation(messages: list[JSON], to: Deployment, thought: Thought) -> tuple[list[JSON], list[JSON]]:
+def _conversation(
+    messages: list[JSON], parameters: Parameters, to: Deployment, thought: Thought
+) -> tuple[list[JSON], list[JSON]]:
     """What the system says, wherever it says it, and the turns of user and assistant, results of tools first."""
     ids = CallIds(to.provider.tool_ids or ".*")
-    said = ((ROLES.get(message["role"], "user"), _blocks(message, to, thought, ids)) for message in messages)
+    said = (
+        (ROLES.get(message["role"], "user"), _blocks(message, to, thought, ids))
+        for message in heard(messages, parameters, to)
+    )
     system, turns = in_turns(said, to)
     as_claude_wants(turns, lambda block: block["type"] == "tool_result")
     return system, turns
@@ -202,23 +215,25 @@ def _spoken(message: JSON, to: Deployment, thought: Thought, ids: CallIds) -> li
             raise unsupported(to, "messages", "does not support 'functions'")
         case {"role": "tool", "tool_call_id": call_id, "content": content}:
             result: JSON = {"type": "tool_result", "tool_use_id": ids.of_result(call_id)}
-            return [result | ({"content": blocks} if (blocks := _content(content, to)) else {})]
+            return [result | ({"content": blocks} if (blocks := _content(content, "tool", to)) else {})]
         case {"role": "assistant"}:
-            said = _content(message.get("content") or message.get("refusal"), to)
-            calls = [_tool_use(call, to, ids) for call in message.get("tool_calls") or ()]
-            return [*(thoughts(message, to) if thought.on else ()), *said, *calls]
+            said: list[JSON] = []
+            for thinking, content, calls in stretches(message, to, reminded=thought.on):
+                said += [*thinking, *_content(content, "assistant", to), *(_tool_use(call, to, ids) for call in calls)]
+            return said
         case _:
-            return _content(message["content"], to)
+            return _content(message["content"], message["role"], to)
 
 
-def _content(content: str | list[JSON] | None, to: Deployment) -> list[JSON]:
+def _content(content: str | list[JSON] | None, role: str, to: Deployment) -> list[JSON]:
     """Without texts that say nothing, which are refused."""
     parts: list[JSON] = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    blocks = (_cached(_block(part, to), part) for part in parts)
+    blocks = (_cached(_block(part, role, to), part) for part in parts)
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
-def _block(part: JSON, to: Deployment) -> JSON:
+def _block(part: JSON, role: str, to: Deployment) -> JSON:
+    kind = kind_of(part, role, PARTS, to)
     match part:
         case {"type": "text", "text": text} | {"type": "refusal", "refusal": text}:
             return {"type": "text", "text": text}
@@ -230,7 +245,7 @@ def _block(part: JSON, to: Deployment) -> JSON:
         case {"type": "document" | "search_result" | "container_upload"}:
             return part  # Anthropic's own
         case _:
-            raise unsupported(to, "messages", f"does not support this '{part['type']}'")
+            raise unsupported(to, "messages", f"does not support this '{kind}'")
 
 
 def _image(url: str, to: Deployment) -> JSON:
@@ -271,14 +286,20 @@ def _message(body: JSON, to: Deployment) -> JSON:
     said: JSON = {"role": "assistant", "content": ""}
     blocks: list[JSON] = body["content"]
     annotations: list[JSON] = []
+    uses: list[JSON] = []
+    thinking: list[tuple[Place, JSON]] = []
     for block in blocks:
+        start = len(said["content"])
         if block["type"] == "text":
-            start, said["content"] = len(said["content"]), said["content"] + block["text"]
+            said["content"] += block["text"]
             annotations += _annotations(block.get("citations"), start, len(said["content"]))
-    uses = [block for block in blocks if block["type"] == "tool_use"]
-    thinking = [block for block in blocks if block["type"] in THOUGHTS]
+        elif block["type"] == "tool_use":
+            uses.append(block)
+        elif block["type"] in THOUGHTS:
+            thinking.append(((start, len(uses)), block))
+    end = len(said["content"]), len(uses)
     said["content"] = said["content"] or (None if uses else "")
-    if text := "".join(text_of(block["thinking"]) for block in thinking if block["type"] == "thinking"):
+    if text := "".join(text_of(block["thinking"]) for _, block in thinking if block["type"] == "thinking"):
         said["reasoning_content"] = text
     if uses:
         said["tool_calls"] = [
@@ -289,7 +310,7 @@ def _message(body: JSON, to: Deployment) -> JSON:
     if explanation := _explanation(body):
         said["refusal"] = explanation
     if thinking:
-        said["extra_content"] = signed(thinking, to)
+        said["extra_content"] = signed(thinking, end, to)
     return said
 
 
@@ -321,7 +342,7 @@ class _Stream:
         self._open: dict[int, JSON] = {}
         self._calls = 0
         self._length = 0
-        self._thoughts: list[JSON] = []
+        self._thoughts: list[tuple[Place, JSON]] = []
         self._counts: JSON = {}
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
@@ -383,7 +404,7 @@ class _Stream:
             case {"type": "tool_use", "told": False}:  # no arguments, or all at the start
                 return more_arguments(block, orjson.dumps(block["input"]).decode())
             case {"type": "thinking" | "redacted_thinking"}:
-                self._thoughts.append(block)
+                self._thoughts.append(((self._length, self._calls), block))
                 return []
             case {"type": "text", "citations": [*citations]}:
                 return delta(annotations=_annotations(citations, block["start"], self._length))
@@ -398,7 +419,7 @@ class _Stream:
         usage = _usage(self._counts)
         if not (word := said["stop_reason"]):
             return [Piece({"choices": []}, usage)]
-        kept = signed(self._thoughts, self._to) if self._thoughts else None
+        kept = signed(self._thoughts, (self._length, self._calls), self._to) if self._thoughts else None
         choice: JSON = {"index": 0, "delta": {}}
         answers.finish(choice, text_of(word))
         return [

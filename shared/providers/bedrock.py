@@ -20,12 +20,12 @@ from botocore.eventstream import EventStreamBuffer, EventStreamHeaderParser, Par
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.conversation import CallIds, as_claude_wants, function_of, in_turns
+from shared.providers.conversation import CallIds, as_claude_wants, function_of, heard, in_turns
 from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
-from shared.providers.parts import data_uri
+from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
-from shared.providers.thinking import WAYS, is_signed, level, signed, think, thoughts
+from shared.providers.thinking import WAYS, Place, is_signed, level, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
 from shared.sse import MAX_EVENT, TooLong
@@ -175,7 +175,7 @@ def _body(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
     family, messages = to.provider.family(to.model), cast("list[JSON]", call.body["messages"])
     tools, choice = _tools(parameters, to, called=list(dict.fromkeys(chain.from_iterable(map(_called, messages)))))
     thought = _thought(call, parameters, to, max_tokens, forced="toolChoice" in tools or choice.get("type") in FORCED)
-    system, turns = _conversation(messages, to, reminded=thought.on or family != "claude")
+    system, turns = _conversation(messages, parameters, to, reminded=thought.on or family != "claude")
     own: JSON = parameters.take(FURTHER) if isinstance(call.body.get(FURTHER), dict) else {}
     fields: JSON = {
         **thought.fields,
@@ -341,15 +341,33 @@ def _called(message: JSON) -> Iterator[str]:
         yield from (call["function"]["name"] for call in message.get("tool_calls") or () if call.get("function"))
 
 
-def _conversation(messages: list[JSON], to: Deployment, *, reminded: bool) -> tuple[list[JSON], list[JSON]]:
+def _conversation(
+    messages: list[JSON], parameters: Parameters, to: Deployment, *, reminded: bool
+) -> tuple[list[JSON], list[JSON]]:
     """What the system says, wherever it says it, and the turns of user and assistant, results of tools first.
 
-    `reminded`: with what the model thought before."""
+    `reminded`: with what the model thought before. "A conversation must start with a user message": where it starts
+    with a greeting, it is one that says next to nothing, and that is told."""
     blocks = _Blocks(to)
-    said = ((ROLES.get(message["role"], "user"), blocks.of(message, reminded=reminded)) for message in messages)
+    said = (
+        (ROLES.get(message["role"], "user"), blocks.of(message, reminded=reminded))
+        for message in heard(messages, parameters, to)
+    )
     system, turns = in_turns(said, to)
     as_claude_wants(turns, lambda block: "toolResult" in block)
+    if turns[0]["role"] != "user":
+        turns.insert(0, {"role": "user", "content": [{"text": "."}]})
+        parameters.tell("messages.role")
+    for turn in turns if blocks.documents else ():
+        _name_documents(turn["content"])
     return system, turns
+
+
+def _name_documents(content: list[JSON]) -> None:
+    """ "A text block must be included when using documents": their names, where nobody says a word."""
+    places = [at for at, block in enumerate(content) if "document" in block]
+    if places and not any("text" in block for block in content):
+        content.insert(places[0], {"text": ", ".join(content[at]["document"]["name"] for at in places)})
 
 
 class _Blocks:
@@ -361,6 +379,11 @@ class _Blocks:
         self._names: set[str] = set()
         self._ids = CallIds(CALL_IDS.get(self._family or "", CALL_ID))
 
+    @property
+    def documents(self) -> bool:
+        """Whether there were any."""
+        return bool(self._names)
+
     def of(self, message: JSON, *, reminded: bool) -> list[JSON]:
         match message:
             case {"role": "function"} | {"role": "assistant", "function_call": dict()}:
@@ -371,9 +394,9 @@ class _Blocks:
                 result = [block for block in said if "cachePoint" not in block]
                 blocks = [{"toolResult": {"toolUseId": self._ids.of_result(call_id), "content": result}}, *points[:1]]
             case {"role": "assistant"}:
-                said = self._content(message.get("content") or message.get("refusal"), "assistant")
-                thinking = thoughts(message, self._to) if reminded else []
-                blocks = [*thinking, *said, *map(self._tool_use, message.get("tool_calls") or ())]
+                blocks: list[JSON] = []
+                for thinking, content, calls in stretches(message, self._to, reminded=reminded):
+                    blocks += [*thinking, *self._content(content, "assistant"), *map(self._tool_use, calls)]
             case _:
                 blocks = self._content(message["content"], message["role"])
         return [*blocks, *(_cache_point(self._family, message) if blocks else ())]
@@ -389,9 +412,7 @@ class _Blocks:
         return blocks
 
     def _block(self, part: JSON, role: str) -> JSON:
-        kind: str = part["type"]
-        if kind not in PARTS[role]:
-            raise unsupported(self._to, "messages", f"does not support '{kind}' in what the {role} says")
+        kind = kind_of(part, role, PARTS, self._to)
         match part:
             case {"type": "text", "text": text} | {"type": "refusal", "refusal": text}:
                 return {"text": text}
@@ -435,27 +456,32 @@ class _Blocks:
 
 def _message(blocks: list[JSON], to: Deployment, *, hidden: bool) -> JSON:
     """The texts, the thoughts and the calls; what the provider's own tools did is not the caller's."""
-    uses = [block["toolUse"] for block in blocks if "toolUse" in block]
-    uses = [use for use in uses if use.get("type") != "server_tool_use"]
-    text = "".join(_texts(blocks))
+    text = ""
+    uses: list[JSON] = []
+    thinking: list[tuple[Place, JSON]] = []
+    for block in blocks:
+        if "reasoningContent" in block:
+            thinking.append(((len(text), len(uses)), block))
+        elif "toolUse" not in block:
+            text += "".join(_texts(block))
+        elif block["toolUse"].get("type") != "server_tool_use":
+            uses.append(block["toolUse"])
     said: JSON = {"role": "assistant", "content": text or (None if uses else "")}
-    thinking = [block for block in blocks if "reasoningContent" in block]
-    spoken = (object_of(block["reasoningContent"].get("reasoningText")).get("text") for block in thinking)
+    spoken = (object_of(block["reasoningContent"].get("reasoningText")).get("text") for _, block in thinking)
     if (reasoning := "".join(text_of(part) for part in spoken if part is not None)) and not hidden:
         said["reasoning_content"] = reasoning
     if uses:
         said["tool_calls"] = [
             tool_call(use["toolUseId"], use["name"], orjson.dumps(use["input"]).decode()) for use in uses
         ]
-    if kept := [block for block in thinking if is_signed(block)]:
-        said["extra_content"] = signed(kept, to)
+    if kept := [(place, block) for place, block in thinking if is_signed(block)]:
+        said["extra_content"] = signed(kept, (len(text), len(uses)), to)
     return said
 
 
-def _texts(blocks: list[JSON]) -> Iterator[str]:
-    for block in blocks:
-        cited: list[JSON] = object_of(block.get("citationsContent")).get("content") or []
-        yield from (text_of(part["text"]) for part in (block, *cited) if "text" in part)
+def _texts(block: JSON) -> Iterator[str]:
+    cited: list[JSON] = object_of(block.get("citationsContent")).get("content") or []
+    yield from (text_of(part["text"]) for part in (block, *cited) if "text" in part)
 
 
 class _Stream:
@@ -467,10 +493,11 @@ class _Stream:
     def __init__(self, to: Deployment, *, hidden: bool) -> None:
         self._to = to
         self._hidden = hidden
+        self._length = 0
         self._count = 0
         self._calls: dict[int, JSON] = {}
         self._thoughts: dict[int, dict[str, str]] = {}
-        self._signed: list[JSON] = []
+        self._signed: list[tuple[Place, JSON]] = []
         self._due = {"messageStop", "metadata"}
 
     def __call__(self, event: str | None, data: JSON) -> list[Piece]:
@@ -484,7 +511,8 @@ class _Stream:
             case "messageStop":
                 choice: JSON = {"index": 0, "delta": {}}
                 answers.finish(choice, text_of(data["stopReason"]))
-                kept = signed(self._signed, self._to) if self._signed else None  # once: clients join what comes twice
+                end = self._length, self._count
+                kept = signed(self._signed, end, self._to) if self._signed else None  # once: clients join what is twice
                 pieces = [*delta(extra_content=kept), Piece({"choices": [choice]})]
             case "metadata":
                 pieces = [Piece({"choices": []}, _usage(data.get("usage")))]
@@ -509,7 +537,8 @@ class _Stream:
     def _more(self, index: int, said: JSON) -> list[Piece]:
         match said:
             case {"text": text}:
-                return delta(content=text_of(text))
+                self._length += len(text_of(text))
+                return delta(content=text)
             case {"toolUse": {"input": arguments}}:
                 return more_arguments(self._calls[index], text_of(arguments))
             case {"reasoningContent": {**thought}}:
@@ -523,11 +552,11 @@ class _Stream:
     def _ended(self, index: int) -> list[Piece]:
         if call := self._calls.get(index):
             return [] if call.get("told") else more_arguments(call, "{}")
-        thought = self._thoughts.pop(index, {})
+        thought, place = self._thoughts.pop(index, {}), (self._length, self._count)
         if redacted := thought.get("redactedContent"):
-            self._signed.append({"reasoningContent": {"redactedContent": redacted}})
+            self._signed.append((place, {"reasoningContent": {"redactedContent": redacted}}))
         elif thought.get("signature"):
-            self._signed.append({"reasoningContent": {"reasoningText": {"text": "", **thought}}})
+            self._signed.append((place, {"reasoningContent": {"reasoningText": {"text": "", **thought}}}))
         return []
 
 

@@ -10,8 +10,10 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
+from shared.providers.conversation import heard
 from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
+from shared.providers.parts import kind_of
 from shared.providers.pieces import count_of, delta, tool_call
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -101,7 +103,7 @@ def _chat(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
     presence = None if frequency else parameters.within("presence_penalty", 0, 1)
     return {
         "model": to.model,
-        "messages": _messages(body["messages"], to),
+        "messages": _messages(body["messages"], parameters, to),
         "stream": call.stream,
         "max_tokens": max_tokens,
         "temperature": parameters.within("temperature", 0, 1),
@@ -167,11 +169,11 @@ def _function(function: JSON) -> JSON:
     return {"name": function["name"], **described, "parameters": function.get("parameters") or NO_PARAMETERS}
 
 
-def _messages(messages: list[JSON], to: Deployment) -> list[JSON]:
+def _messages(messages: list[JSON], parameters: Parameters, to: Deployment) -> list[JSON]:
     """What the system says comes first and in one: https://docs.cohere.com/reference/errors takes it nowhere else."""
     system: list[JSON] = []
     others: list[JSON] = []
-    for message in messages:
+    for message in heard(messages, parameters, to, detail=True):
         if message["role"] in ("system", "developer"):
             content = _content(message["content"], "system", to)
             system += content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
@@ -206,9 +208,9 @@ def _content(content: str | list[JSON], role: str, to: Deployment) -> str | list
 
 
 def _part(part: JSON, role: str, to: Deployment) -> JSON:
-    kind: str = part["type"]
-    if kind not in PARTS[role] or kind not in part:
-        raise unsupported(to, "messages", f"does not support '{kind}' in what the {role} says")
+    kind = kind_of(part, role, PARTS, to)
+    if kind not in part:
+        raise unsupported(to, "messages", f"takes no '{kind}' without one")
     if kind == "refusal":
         return {"type": "text", "text": part["refusal"]}
     return {"type": kind, kind: part[kind]}

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import orjson
 
 from shared.catalog import Deployment
-from shared.providers.parameters import unsupported
+from shared.providers.parameters import Parameters, unsupported
 from shared.schema import JSON, MAX_DEPTH, too_deep
 
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 SHORT = 9
 """Letters and digits of an id that is made here: what all who want ids of some form take."""
+
+
+SHARPER = ("high", "original")
+"""Details of pictures that ask for more than a provider may give by itself."""
+
+
+def heard(messages: list[JSON], parameters: Parameters, to: Deployment, *, detail: bool = False) -> Iterator[JSON]:
+    """The messages, one by one; what of them is lost is told: who of several said it, `detail` that cannot be said.
+
+    Raises UnsupportedParameter for an answer that was only spoken: what it was, its provider alone knows."""
+    for message in messages:
+        content = message.get("content")
+        if message.get("name") and message["role"] != "tool":
+            parameters.tell("messages.name")
+        if message["role"] == "assistant" and message.get("audio"):
+            if not (content or message.get("refusal") or message.get("tool_calls")):
+                raise unsupported(to, "messages", "cannot be reminded of an 'audio'")
+            parameters.tell("messages.audio")
+        if isinstance(content, list) and not detail and any(map(_sharper, cast("list[JSON]", content))):
+            parameters.tell("messages.image_url.detail")
+        yield message
+
+
+def _sharper(part: JSON) -> bool:
+    return part["type"] == "image_url" and part["image_url"].get("detail") in SHARPER
 
 
 def in_turns(

@@ -16,10 +16,10 @@ import orjson
 from shared.catalog import Deployment
 from shared.errors import ProviderError
 from shared.providers import answers, refusals
-from shared.providers.conversation import function_of, in_turns
+from shared.providers.conversation import function_of, heard, in_turns
 from shared.providers.dialect import Outgoing, Piece, Translate
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning, refuse, unsupported
-from shared.providers.parts import data_uri
+from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import MAX_TOKENS, text_of
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -35,6 +35,14 @@ NAMES = {
     "logprobs": "responseLogprobs",
     "top_logprobs": "logprobs",
 }
+PARTS = {
+    "system": {"text"},
+    "developer": {"text"},
+    "user": {"text", "image_url", "file", "input_audio"},
+    "assistant": {"text", "refusal", "image_url"},
+    "tool": {"text", "image_url", "file", "input_audio"},
+}
+"""Which parts a message may have, by its role: models draw, too, and `systemInstruction` is "currently, text only"."""
 ROLES = {"system": "system", "developer": "system", "assistant": "model"}
 INT32 = 1 << 31
 BUDGETS = {"none": 0, "minimal": 1024, "low": 1024, "medium": 8192, "high": 24_576, "xhigh": 32_768, "max": 32_768}
@@ -144,7 +152,7 @@ DIALECT = ThroughChat(GeminiDialect())
 
 
 def _generate(call: Call, to: Deployment, parameters: Parameters, max_tokens: int | None) -> JSON:
-    system, turns = _conversation(call.body["messages"], to)
+    system, turns = _conversation(call.body["messages"], parameters, to)
     body: JSON = {"contents": turns}
     if system:
         body["systemInstruction"] = {"parts": system}
@@ -232,12 +240,14 @@ def _calling(choice: Any, to: Deployment) -> JSON | None:
             raise unsupported(to, "tool_choice", "does not support such a 'tool_choice'")
 
 
-def _conversation(messages: list[JSON], to: Deployment) -> tuple[list[JSON], list[JSON]]:
+def _conversation(messages: list[JSON], parameters: Parameters, to: Deployment) -> tuple[list[JSON], list[JSON]]:
     """The parts of the system instruction, wherever they stood, and the turns: neighbours of one role are one."""
     functions: dict[str, str] = {}
-    return in_turns(
-        ((ROLES.get(message["role"], "user"), _spoken(message, functions, to)) for message in messages), to, "parts"
+    said = (
+        (ROLES.get(message["role"], "user"), _spoken(message, functions, to))
+        for message in heard(messages, parameters, to)
     )
+    return in_turns(said, to, "parts")
 
 
 def _spoken(message: JSON, functions: dict[str, str], to: Deployment) -> list[JSON]:
@@ -252,12 +262,12 @@ def _spoken(message: JSON, functions: dict[str, str], to: Deployment) -> list[JS
         case "function":
             raise unsupported(to, "messages", "takes no messages of the role 'function'")
         case _:
-            return _parts(message["content"], to)
+            return _parts(message["content"], message["role"], to)
 
 
 def _said(message: JSON, to: Deployment) -> list[JSON]:
     """An assistant's message; of several calls at once, Gemini signs the first."""
-    parts = _parts(message.get("content"), to)
+    parts = _parts(message.get("content"), "assistant", to)
     if refusal := message.get("refusal"):
         parts.append({"text": refusal})
     if message.get("function_call"):
@@ -297,7 +307,7 @@ def _result(message: JSON, functions: Mapping[str, str], to: Deployment) -> JSON
     name = functions.get(message["tool_call_id"])
     if name is None:
         raise unsupported(to, "messages", "needs the tool call that a tool's message answers before it")
-    parts = _parts(message["content"], to)
+    parts = _parts(message["content"], "tool", to)
     output = "".join(part["text"] for part in parts if "text" in part)
     result: JSON = {"id": message["tool_call_id"], "name": name, "response": {"output": output}}
     if media := [part for part in parts if "text" not in part]:
@@ -305,14 +315,15 @@ def _result(message: JSON, functions: Mapping[str, str], to: Deployment) -> JSON
     return {"functionResponse": result}
 
 
-def _parts(content: str | list[JSON] | None, to: Deployment) -> list[JSON]:
-    """Without empty texts, and without what only steers the price: cache points, the detail of images."""
+def _parts(content: str | list[JSON] | None, role: str, to: Deployment) -> list[JSON]:
+    """Without empty texts, and without what only steers the price: cache points."""
     if not isinstance(content, list):
         return [{"text": content}] if content else []
-    return [sent for part in content if (sent := _part(part, to)) != {"text": ""}]
+    return [sent for part in content if (sent := _part(part, role, to)) != {"text": ""}]
 
 
-def _part(part: JSON, to: Deployment) -> JSON:
+def _part(part: JSON, role: str, to: Deployment) -> JSON:
+    kind = kind_of(part, role, PARTS, to)
     match part:
         case {"type": "text", "text": text} | {"type": "refusal", "refusal": text}:
             return {"text": text}
@@ -320,10 +331,10 @@ def _part(part: JSON, to: Deployment) -> JSON:
             return _media(uri, to)
         case {"type": "file", "file": {"file_data": str(uri)} | {"file_id": str(uri)}}:
             return _media(uri, to)
-        case {"type": "input_audio", "input_audio": {"data": data, "format": kind}}:
-            return {"inlineData": {"mimeType": f"audio/{kind}", "data": data}}
+        case {"type": "input_audio", "input_audio": {"data": data, "format": sound}}:
+            return {"inlineData": {"mimeType": f"audio/{sound}", "data": data}}
         case _:
-            raise unsupported(to, "messages", f"does not support '{part['type']}'")
+            raise unsupported(to, "messages", f"does not support this '{kind}'")
 
 
 def _media(uri: str, to: Deployment) -> JSON:

@@ -6,7 +6,8 @@ https://platform.claude.com/docs/en/build-with-claude/thinking and …/effort; w
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from shared.catalog import Deployment
 from shared.providers.parameters import EFFORTS, Parameters, hides_reasoning
@@ -17,6 +18,19 @@ LEAST = 1024
 """Tokens: a smaller budget is refused."""
 LEVELS = ("low", "medium", "high", "xhigh", "max")
 WAYS = ("reasoning_effort", "reasoning")
+
+
+Place: TypeAlias = tuple[int, int]
+"""In an answer: how many characters and how many calls of it come before."""
+START: Place = (0, 0)
+
+
+class Stretch(NamedTuple):
+    """A piece of what an assistant said: what it thought, its text after that, and then its calls."""
+
+    thinking: list[JSON]
+    content: str | list[JSON] | None
+    calls: list[JSON]
 
 
 class Thought(NamedTuple):
@@ -31,7 +45,7 @@ def think(call: Call, parameters: Parameters, to: Deployment, max_tokens: int, *
     """What the caller asks for, in the model's own way; what cannot be is told as dropped.
 
     `max_tokens` includes what is thought. `forced`: to call a tool, at which only models that think by themselves may
-    think. With a budget it must be shown what it thought before the calls that are now answered:
+    think. With a budget it must be shown what it thought at the start of the turn whose calls are now answered:
     https://platform.claude.com/docs/en/build-with-claude/thinking-tool-workflows"""
     how = to.provider.thinks(to.model)
     effort, budget = parameters.reasoning()
@@ -64,18 +78,61 @@ def level(effort: str, to: Deployment) -> str:
     return next((level for level in reversed(levels) if order.index(level) <= order.index(effort)), levels[0])
 
 
-def signed(blocks: list[JSON], to: Deployment) -> JSON:
-    """What `thoughts` takes back, as `extra_content`. Signatures are of no use to another model."""
-    return {to.provider.dialect: {"model": to.model, "thinking": blocks}}
+def signed(thought: list[tuple[Place, JSON]], end: Place, to: Deployment) -> JSON:
+    """What `stretches` takes back, as `extra_content`. Signatures are of no use to another model.
+
+    Where Claude thought in between, too, `places` says where each block stands, and last where the answer ends."""
+    kept: JSON = {"model": to.model, "thinking": [block for _, block in thought]}
+    if any(place != START for place, _ in thought):
+        kept["places"] = [*(list(place) for place, _ in thought), list(end)]
+    return {to.provider.dialect: kept}
+
+
+def stretches(message: JSON, to: Deployment, *, reminded: bool) -> list[Stretch]:
+    """What the assistant said, in the order in which it did; `reminded`: with what it thought, as far as that is known.
+
+    "`thinking` blocks in the latest assistant message cannot be modified", and moving them does. Where the client has
+    changed the text or the calls, their old places mean nothing, and all that was thought comes first."""
+    content = message.get("content") or message.get("refusal")
+    calls: list[JSON] = message.get("tool_calls") or []
+    thinking = thoughts(message, to) if reminded else []
+    if thinking and (told := _kept(message, to).get("places")):
+        text = content if isinstance(content, str) else _joined(content or [])
+        if text is not None and (places := _places(told, len(thinking), (len(text), len(calls)))):
+            blocks: list[list[JSON]] = [[], *([block] for block in thinking)]
+            steps = zip(blocks, pairwise(places), strict=True)
+            return [Stretch(block, text[a:b], calls[m:n]) for block, ((a, m), (b, n)) in steps]
+    return [Stretch(thinking, content, calls)]
+
+
+def _places(told: Any, thinking: int, end: Place) -> list[Place]:
+    """The start, and what `signed` told; none where it is not of this message. No message may end with a thought."""
+    places = [START]
+    for place in cast("list[Any]", told) if isinstance(told, list) else ():
+        match place:
+            case [int(text), int(calls)] if text >= places[-1][0] and calls >= places[-1][1]:
+                places.append((text, calls))
+            case _:
+                return []
+    return places if len(places) == thinking + 2 and places[-2] != places[-1] == end else []
+
+
+def _joined(parts: list[JSON]) -> str | None:
+    """Of texts, as some clients return them; None where there is anything else, which Claude did not say."""
+    return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else None
 
 
 def thoughts(message: JSON, to: Deployment) -> list[JSON]:
     """What this very model thought before it said this, as it signed it: only so it takes it back."""
-    kept = object_of(object_of(message.get("extra_content")).get(to.provider.dialect))
-    blocks: Any = kept.get("thinking")
-    if kept.get("model") != to.model or not isinstance(blocks, list):
+    blocks: Any = _kept(message, to).get("thinking")
+    if not isinstance(blocks, list):
         return []
     return [block for block in map(object_of, cast("list[Any]", blocks)) if is_signed(block)]
+
+
+def _kept(message: JSON, to: Deployment) -> JSON:
+    kept = object_of(object_of(message.get("extra_content")).get(to.provider.dialect))
+    return kept if kept.get("model") == to.model else {}
 
 
 def is_signed(block: JSON) -> bool:
@@ -86,7 +143,16 @@ def is_signed(block: JSON) -> bool:
 
 
 def _forgotten(call: Call, to: Deployment) -> bool:
-    """Whether what was thought before the last calls is not known, as they are another's, or nobody kept it."""
+    """Whether what was thought before the calls now answered is not known, as they are another's, or nobody kept it.
+
+    "A tool-use loop is one assistant turn", which need only begin with a thought: later calls may have none."""
+    first: JSON | None = None
     messages: list[JSON] = call.body["messages"]
-    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
-    return last is not None and bool(last.get("tool_calls")) and not thoughts(last, to)
+    for message in reversed(messages):
+        if message["role"] == "assistant":
+            if first is None and not message.get("tool_calls"):
+                return False
+            first = message
+        elif first is not None and message["role"] == "user":
+            break
+    return first is not None and not thoughts(first, to)

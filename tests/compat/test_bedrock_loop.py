@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 
 from tests.server import PROVIDER_KEY
 from tests.strict.bedrock import MODEL, REGION, ROLE, bedrock, blocks
-from tests.strict.loop import ANSWER, START, TURNS, client_of_gateway, kept, made, results, said
+from tests.strict.loop import ANSWER, START, TURNS, client_of_gateway, kept, made, results, said, thinks
 from tests.upstream import Upstream
 
 
@@ -48,17 +48,18 @@ async def test_a_tool_loop(client: AsyncOpenAI, fake: Upstream, streams: bool) -
     asked: Any = {"model": f"bedrock/{MODEL}", "streams": streams, "reasoning_effort": "medium"}
     asked |= {"max_completion_tokens": 4000, "temperature": 0.3}
     messages = list(START)
-    for thought, calls in TURNS:
+    for turn, (_, calls) in enumerate(TURNS):
         answer = await said(client, messages=messages, **asked)
         choice, usage = answer.choices[0], answer.usage
         assert choice.finish_reason == "tool_calls"
         assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens, usage.completion_tokens) == (15, 5, 20)
         message = choice.message.model_dump()
-        assert (message["reasoning_content"], made(message)) == (thought, calls)
+        assert (message.get("reasoning_content", ""), made(message)) == (thinks(turn, between=False), calls)
         messages += [kept(answer, whole=True), *results(message)]
     answer = await said(client, messages=messages, **asked)
     assert not fake.malformed
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ANSWER, "stop")
     body = fake.seen[-1].json
+    assert "thinking" in body["additionalModelRequestFields"], "to the end"
     turns = [turn["content"] for turn in body["messages"] if turn["role"] == "assistant"]
-    assert [turn[:2] for turn in turns] == [blocks(body, number)[:2] for number in range(len(TURNS))]
+    assert turns == [blocks(body, number) for number in range(len(TURNS))]

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.strict.loop import ANSWER, TURNS, plan
+from tests.strict.loop import ANSWER, TURNS, plan, thinks
 from tests.upstream import Exchange, MalformedError, answer, stream
 
 MODELS = ["claude-sonnet-4-5", "claude-opus-5"]
 """One that thinks by a budget, and one that thinks as it likes."""
+LOOK = "Let me look."
 FIELDS = {"model", "messages", "max_tokens", "system", "stream", "tools", "thinking", "output_config"}
 
 
@@ -36,6 +37,8 @@ def check(body: dict[str, Any]) -> int:
             raise MalformedError("thinking is not as this model takes it")
     if not all(tool.keys() == {"name", "description", "input_schema"} for tool in body["tools"]):
         raise MalformedError("tools.0: Extra inputs are not permitted")
+    if not all(block["type"] == "text" for block in body.get("system", [])):
+        raise MalformedError("system.0.type: Input should be 'text'")
     roles = [message["role"] for message in body["messages"]]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise MalformedError("roles must alternate")
@@ -55,8 +58,11 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
     if results != called:
         raise MalformedError("tool_use ids were found without tool_result blocks immediately after")
     calls, last = any(block["type"] == "tool_use" for block in content), at == len(body["messages"]) - 2
-    if last and calls and content[0]["type"] != "thinking" and (body.get("thinking") or {}).get("type") == "enabled":
+    manual, first = (body.get("thinking") or {}).get("type") == "enabled", begun(body["messages"], at)
+    if last and calls and manual and first["content"][0]["type"] != "thinking":
         raise MalformedError("Expected `thinking` or `redacted_thinking`, but found `tool_use`.")
+    if last and thoughts(content) not in ([], thoughts(blocks(body, at // 2))):
+        raise MalformedError("`thinking` blocks in the latest assistant message cannot be modified.")
     for block in content:
         match block:
             case {"type": "text", "text": text, **rest} if text.strip() and not rest:
@@ -64,6 +70,8 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
             case {"type": "thinking", "thinking": thought, "signature": signed, **rest} if not rest:
                 if signed != signature(body["model"], thought):
                     raise MalformedError("Invalid `signature` in `thinking` block")
+            case {"type": "redacted_thinking", "data": str(), **rest} if not rest:
+                pass
             case {"type": "tool_use", "id": call_id, "name": _, "input": dict(), **rest} if not rest:
                 if not re.fullmatch("[a-zA-Z0-9_-]+", call_id):
                     raise MalformedError("tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'")
@@ -73,14 +81,30 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
                 raise MalformedError(f"messages.{at}: {block['type']}: Extra inputs are not permitted")
 
 
+def begun(messages: list[dict[str, Any]], at: int) -> dict[str, Any]:
+    """The first message of the assistant's turn that this one is of: a loop of tools is one turn."""
+    while at > 1 and messages[at - 1]["content"][0]["type"] == "tool_result":
+        at -= 2
+    return messages[at]
+
+
+def thoughts(content: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """And where they stand."""
+    return [(at, block) for at, block in enumerate(content) if block["type"].endswith("thinking")]
+
+
 def blocks(body: dict[str, Any], turn: int) -> list[dict[str, Any]]:
-    thought, calls = plan(turn)
+    between = body["model"] == MODELS[1]
+    thought, calls = thinks(turn, between=between), plan(turn)[1]
     thinking = {"type": "thinking", "thinking": thought, "signature": signature(body["model"], thought)}
     uses = [
         {"type": "tool_use", "id": f"toolu_{turn}{index}", "name": name, "input": arguments}
         for index, (name, arguments) in enumerate(calls)
     ]
-    return [*([thinking] if "thinking" in body and uses else ()), *(uses or [{"type": "text", "text": ANSWER}])]
+    if between and uses:
+        hidden = {"type": "redacted_thinking", "data": thought[::-1]}
+        return [{"type": "text", "text": LOOK}, thinking, uses[0], *([hidden, *uses[1:]] if uses[1:] else ())]
+    return [*([thinking] if "thinking" in body and thought else ()), *(uses or [{"type": "text", "text": ANSWER}])]
 
 
 def events(body: dict[str, Any], said: list[dict[str, Any]], end: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -99,6 +123,8 @@ def events(body: dict[str, Any], said: list[dict[str, Any]], end: dict[str, Any]
                     {"type": "thinking_delta", "thinking": text},
                     {"type": "signature_delta", "signature": signed},
                 ]
+            case {"type": "redacted_thinking"}:
+                empty, deltas = {}, []
             case _:
                 whole = json.dumps(block["input"]) if block["input"] else ""
                 empty = {"input": {}}

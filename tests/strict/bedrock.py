@@ -15,7 +15,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from tests.eventstream import event
-from tests.strict.loop import ANSWER, TURNS, plan
+from tests.strict.loop import ANSWER, TURNS, plan, thinks
 from tests.upstream import Exchange, MalformedError, Seen, answer, framed, head, send
 
 MODEL = "us.anthropic.claude-sonnet-4-5-20250929-v1:0"
@@ -86,9 +86,12 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
     results = [block.get("toolResult", {}).get("toolUseId") for block in content[: len(called)]]
     if results != called:
         raise MalformedError("Expected toolResult blocks at messages for the following Ids")
-    thinks, last = "additionalModelRequestFields" in body, at == len(body["messages"]) - 2
-    if last and thinks and any("toolUse" in block for block in content) and "reasoningContent" not in content[0]:
+    manual, last = "additionalModelRequestFields" in body, at == len(body["messages"]) - 2
+    first = begun(body["messages"], at)["content"][0]
+    if last and manual and any("toolUse" in block for block in content) and "reasoningContent" not in first:
         raise MalformedError("Expected `thinking` or `redacted_thinking`, but found `tool_use`.")
+    if last and thoughts(content) not in ([], thoughts(blocks(body, at // 2))):
+        raise MalformedError("`thinking` blocks in the latest assistant message cannot be modified.")
     for block in content:
         ((kind, said),) = block.items()
         match kind, said:
@@ -108,17 +111,29 @@ def check_turn(body: dict[str, Any], at: int, content: list[dict[str, Any]]) -> 
                 raise MalformedError(f"messages.{at}: {kind}: extraneous key is not permitted")
 
 
+def begun(messages: list[dict[str, Any]], at: int) -> dict[str, Any]:
+    """The first message of the assistant's turn that this one is of: a loop of tools is one turn."""
+    while at > 1 and "toolResult" in messages[at - 1]["content"][0]:
+        at -= 2
+    return messages[at]
+
+
+def thoughts(content: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """And where they stand."""
+    return [(at, block) for at, block in enumerate(content) if "reasoningContent" in block]
+
+
 def blocks(body: dict[str, Any], turn: int) -> list[dict[str, Any]]:
-    thought, calls = plan(turn)
-    thinking = [
-        {"reasoningContent": {"reasoningText": {"text": thought, "signature": signature(thought)}}},
-        {"reasoningContent": {"redactedContent": REDACTED}},
-    ]
+    thought, calls = thinks(turn, between=False), plan(turn)[1]
+    thinking = {"reasoningContent": {"reasoningText": {"text": thought, "signature": signature(thought)}}}
+    hidden = {"reasoningContent": {"redactedContent": REDACTED}}
     uses = [
         {"toolUse": {"toolUseId": f"tooluse_{turn}{index}", "name": name, "input": arguments}}
         for index, (name, arguments) in enumerate(calls)
     ]
-    return [*(thinking if "additionalModelRequestFields" in body and uses else ()), *(uses or [{"text": ANSWER}])]
+    if "additionalModelRequestFields" in body and thought:
+        return [thinking, hidden, uses[0], *([hidden, *uses[1:]] if uses[1:] else ())]
+    return uses or [{"text": ANSWER}]
 
 
 def events(said: list[dict[str, Any]], end: dict[str, Any]) -> Iterator[bytes]:

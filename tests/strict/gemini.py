@@ -28,6 +28,7 @@ def check(body: dict[str, Any]) -> int:
     """Raise MalformedError for what Google refuses as INVALID_ARGUMENT; returns the turn."""
     require(body.keys() <= FIELDS, f"Unknown name in {sorted(body)}")
     require("role" not in body["systemInstruction"] or body["systemInstruction"]["role"] == "user", "system role")
+    require(all("text" in part for part in body["systemInstruction"]["parts"]), "system instructions are text only")
     turns = body["contents"]
     require(turns and turns[0]["role"] == "user", "Please ensure that the first turn is the user's")
     for before, turn in zip([None, *turns], turns, strict=False):

@@ -44,6 +44,11 @@ def plan(turn: int) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     return TURNS[turn] if turn < len(TURNS) else ("", [])
 
 
+def thinks(turn: int, *, between: bool = True) -> str:
+    """What Claude thinks in this turn: without interleaving nothing after a result, as the loop is one turn to it."""
+    return plan(turn)[0] if between or turn == 0 else ""
+
+
 def check_answered(messages: list[dict[str, Any]]) -> None:
     """Of messages as OpenAI shapes them: each call has its result, right after it, and no result is without a call."""
     due: list[str] = []

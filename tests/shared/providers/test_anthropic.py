@@ -174,6 +174,15 @@ def test_of_two_names_of_a_user_the_other_is_told_as_dropped() -> None:
         ({"tools": [{"type": "openrouter:web_search"}]}, "tools"),
         ({"tools": [function()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages"),
+        *(
+            ({"messages": [*HI, {"role": role, "content": [part]}]}, "messages")
+            for role in ("system", "developer", "assistant")
+            for part in (
+                {"type": "image_url", "image_url": {"url": "https://x.example/a.png"}},
+                {"type": "file", "file": {"file_data": "JVBE"}},
+                {"type": "document", "source": {}},
+            )
+        ),
         ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom"}]}]}, "messages"),
         ({"messages": [calling("1", arguments="[1]")]}, "messages"),
@@ -501,9 +510,101 @@ def test_without_its_thoughts_an_open_call_is_answered_without_thinking(extra: d
     assert sent(call, ADAPTIVE)["thinking"] == adaptive()
 
 
+def test_a_loop_of_tools_goes_on_thinking_where_its_start_was_thought_over() -> None:
+    """Without interleaving, Claude thinks before the first call only: the whole loop is one turn."""
+    first, later = [*HI, calling("1", **signed()), result("1")], [calling("2"), result("2")]
+    call = ask(messages=[*first, *later], reasoning_effort="medium")
+    assert sent(call)["thinking"] == enabled(32000)
+    assert dropped(call) == ()
+    assert conversation(*first, *later, reasoning_effort="medium")[1][1][:2] == THOUGHTS
+    foreign = [*HI, calling("1"), result("1"), calling("2", **signed()), result("2")]
+    assert dropped(ask(messages=foreign, reasoning_effort="medium")) == ("reasoning_effort",)
+    anew = ask(messages=[*first, *HI, *later], reasoning_effort="medium")
+    assert dropped(anew) == ("reasoning_effort",), "the turn that goes on began without"
+    asked = ask(messages=[*first, {"role": "developer", "content": "x"}, *later, *HI], reasoning_effort="medium")
+    assert dropped(asked) == ()
+
+
 def test_thoughts_of_what_was_answered_long_ago_are_not_demanded() -> None:
     done = [*HI, calling("1"), result("1"), {"role": "assistant", "content": "Done."}, *HI]
     assert sent(ask(messages=done, reasoning_effort="low"))["thinking"] == enabled(12800)
+
+
+MUSED = [
+    text("Let me look."),
+    {"type": "thinking", "thinking": "One.", "signature": "b25l"},
+    {"type": "tool_use", "id": "t1", "name": "f", "input": {}},
+    {"type": "thinking", "thinking": "Two.", "signature": "dHdv"},
+    {"type": "redacted_thinking", "data": "dGhyZWU="},
+    text(" And there."),
+    {"type": "tool_use", "id": "t2", "name": "f", "input": {}},
+]
+"""What it thought in between, too."""
+
+
+def mused(content: list[dict[str, Any]] = MUSED) -> dict[str, Any]:
+    return {"type": "message", "content": content, "stop_reason": "tool_use"}
+
+
+def streamed_musing() -> list[dict[str, Any]]:
+    deltas = {"text": ("text_delta", "text"), "thinking": ("signature_delta", "signature")}
+    events = [BEGUN]
+    for index, block in enumerate(MUSED):
+        kind, name = deltas.get(block["type"], ("", ""))
+        events.append(start(index, **{**block, name: ""} if name else block))
+        events += [delta(index, kind, **{name: block[name]})] if name else []
+        events.append(stop(index))
+    return [*events, *end("tool_use")]
+
+
+def test_what_was_thought_in_between_goes_back_to_its_place() -> None:
+    """ "`thinking` blocks in the latest assistant message cannot be modified": their order counts, too."""
+    said = DIALECT.completion(ask(), ADAPTIVE, mused()).body["choices"][0]["message"]
+    *_, kept = deltas(run(*streamed_musing(), to=ADAPTIVE))
+    assert kept == {"extra_content": said["extra_content"]}
+    asked: dict[str, Any] = {"to": ADAPTIVE, "reasoning_effort": "low"}
+
+    def again(**changed: Any) -> Any:
+        return conversation(*HI, {**said, **changed}, result("t1"), result("t2"), **asked)[1][1]
+
+    assert again() == MUSED
+    assert again(content=[{"type": "text", "text": said["content"]}]) == MUSED, "as some clients put it"
+    first = {"thinking", "redacted_thinking"}
+    simple = ["thinking", "thinking", "redacted_thinking", "text", "tool_use", "tool_use"]
+    for other in ("Let me look again. And there.", "Let me", "", None):
+        blocks = again(content=other)
+        assert [block["type"] for block in blocks] == [kind for kind in simple if other or kind != "text"]
+        assert [block for block in blocks if block["type"] in first] == [MUSED[1], MUSED[3], MUSED[4]]
+    one = conversation(*HI, {**said, "tool_calls": said["tool_calls"][:1]}, result("t1"), **asked)[1][1]
+    assert [block["type"] for block in one] == simple[:-1]
+
+
+@pytest.mark.parametrize(
+    "places",
+    [None, "x", 7, [], [[0, 0]] * 4, [[12, 0], [12, 1], [12, 1]], [[12, 0], [3, 1], [12, 1], [23, 2]],
+     [[12, 0], [12, 1], [12, "1"], [23, 2]], [[-1, 0], [12, 1], [12, 1], [23, 2]], [[12, 0], [12, 1], [23, 2], [23, 2]],
+     [[12], [12, 1], [12, 1], [23, 2]], [{}, 1, None, [23, 2]]],
+)  # fmt: skip
+def test_places_that_cannot_be_are_not_believed(places: Any) -> None:
+    said = DIALECT.completion(ask(), ADAPTIVE, mused()).body["choices"][0]["message"]
+    assert said["extra_content"]["anthropic"]["places"] == [[12, 0], [12, 1], [12, 1], [23, 2]]
+    said["extra_content"]["anthropic"]["places"] = places
+    history = conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
+    assert history[1][1] == [MUSED[1], MUSED[3], MUSED[4], text("Let me look. And there."), MUSED[2], MUSED[6]]
+
+
+def test_what_the_client_adds_is_not_lost_between_thoughts() -> None:
+    said = DIALECT.completion(ask(), ADAPTIVE, mused([MUSED[2], MUSED[3], MUSED[6]])).body["choices"][0]["message"]
+    said["content"] = [{"type": "image_url", "image_url": {"url": "https://x.example/a.png"}}]
+    with pytest.raises(UnsupportedParameter):
+        conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
+
+
+def test_blank_text_before_a_thought_is_left_out() -> None:
+    blank = [text("\n\n"), *MUSED[1:]]
+    said = DIALECT.completion(ask(), ADAPTIVE, mused(blank)).body["choices"][0]["message"]
+    history = conversation(*HI, said, result("t1"), result("t2"), to=ADAPTIVE, reasoning_effort="low")
+    assert history[1][1] == MUSED[1:]
 
 
 def test_what_chats_alone_have_nobody_has_checked_in_a_legacy_completion() -> None:
@@ -691,8 +792,8 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
-def run(*events: dict[str, Any]) -> list[Piece]:
-    translate = DIALECT.stream(ask(), BUDGET)
+def run(*events: dict[str, Any], to: Deployment = BUDGET) -> list[Piece]:
+    translate = DIALECT.stream(ask(), to)
     return [piece for event in events for piece in translate(event["type"], json.loads(json.dumps(event)))]
 
 

@@ -107,9 +107,12 @@ def assert_valid(outgoing: Outgoing) -> None:
     report = ParamValidator().validate({"modelId": "m", **with_bytes(body, shape)}, shape)
     assert not report.has_errors(), report.generate_report()
     roles = [turn["role"] for turn in body["messages"]]
+    assert roles[0] == "user", roles
     assert all(a != b for a, b in pairwise(roles)), roles
     for turn in body["messages"]:
         assert turn["content"]
+        kinds = {kind for block in turn["content"] for kind in block}
+        assert "text" in kinds or "document" not in kinds, "A text block must be included when using documents."
         for block in turn["content"]:
             assert block.get("text", "x").strip()
             for use in (block.get("toolUse"), block.get("toolResult")):
@@ -412,6 +415,18 @@ def test_what_the_system_says_comes_first_wherever_it_stands() -> None:
     }
 
 
+def test_who_is_greeted_is_said_to_have_begun() -> None:
+    """ "A conversation must start with a user message." """
+    greeting = [{"role": "assistant", "content": "Hello!"}, *HI]
+    begun = [{"role": "user", "content": [{"text": "."}]}, {"role": "assistant", "content": [{"text": "Hello!"}]}]
+    for before in ([], [{"role": "system", "content": "A"}], [{"role": "user", "content": ""}]):
+        call = ask(messages=[*before, *greeting])
+        assert sent(call)["messages"] == [*begun, *SAID_HI]
+        assert dropped(call) == ("messages.role",)
+    assert refused(ask(messages=greeting, strict=True)) == "messages.role"
+    assert dropped(ask(messages=[*HI, *greeting])) == ()
+
+
 def test_empty_answers_in_the_history_are_left_out() -> None:
     for empty in ("", None, " \n", [{"type": "text", "text": ""}]):
         said = turns(
@@ -444,6 +459,21 @@ def test_pictures_sound_and_documents() -> None:
     assert [block["document"]["name"] for block in documents] == ["Bilan 2024 ( )", "Bilan 2024 ( ) 2", "document"]
     assert [block["document"]["format"] for block in documents] == ["pdf", "pdf", "txt"]
     assert documents[0]["document"]["source"] == {"bytes": "JVBE"}
+
+
+def test_documents_that_nobody_says_a_word_about_are_named() -> None:
+    """ "A text block must be included when using documents." """
+    data = "data:application/pdf;base64,JVBE"
+    one, two = ({"type": "file", "file": {"file_data": data, "filename": each}} for each in ("a.pdf", "b.pdf"))
+    (turn,) = turns({"role": "user", "content": [one, two]})
+    assert [list(block) for block in turn["content"]] == [["text"], ["document"], ["document"]]
+    assert turn["content"][0] == {"text": "a, b"}
+    (*_, after) = turns(*CALLED, {"role": "user", "content": [one]}, tools=[WEATHER])
+    assert [list(block) for block in after["content"]] == [["toolResult"], ["toolResult"], ["text"], ["document"]]
+    (merged,) = turns({"role": "user", "content": [one, {"type": "text", "text": " "}]}, *HI)
+    assert [list(block) for block in merged["content"]] == [["document"], ["text"]], "a word in the turn is enough"
+    first, second = (turns({"role": "user", "content": [one]}, *more)[0] for more in ([], [CALLED[1], *CALLED[2:]]))
+    assert first == second, "in every turn that follows, too"
 
 
 POINT = {"cachePoint": {"type": "default"}}
@@ -570,6 +600,18 @@ def test_thoughts_go_back_to_whom_thought_them() -> None:
     assert "reasoningContent" not in json.dumps(quiet), "where it does not think, it is not reminded"
 
 
+def test_a_loop_of_tools_goes_on_thinking_where_its_start_was_thought_over() -> None:
+    def answer(call_id: str) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": call_id, "content": "rain"}
+
+    later = [{"role": "assistant", "tool_calls": [call("c2")]}, answer("c2")]
+    own = ask(messages=[*HI, thinking(SONNET.model, THOUGHT), answer("c1"), *later], reasoning_effort="low")
+    assert dropped(own) == ()
+    assert sent(own)["messages"][1]["content"][0] == THOUGHT
+    foreign = [*HI, thinking(OPUS.model, THOUGHT), answer("c1"), *later]
+    assert dropped(ask(messages=foreign, reasoning_effort="low")) == ("reasoning_effort",)
+
+
 def test_encrypted_thoughts_of_gpt_go_back() -> None:
     answer = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
     own = turns(*HI, thinking(GPT.model, HIDDEN), answer, to=GPT, tools=[WEATHER])
@@ -624,6 +666,31 @@ def test_a_whole_answer() -> None:
     assert "reasoning_content" not in answered(whole([THOUGHT]), reasoning={"exclude": True})["message"]
 
 
+def test_what_was_thought_in_between_goes_back_to_its_place() -> None:
+    """ "`thinking` blocks in the latest assistant message cannot be modified": their order counts, too."""
+    one, two = ({"reasoningContent": {"reasoningText": {"text": each, "signature": "c2ln"}}} for each in ("1", "2"))
+    cited = {"citationsContent": {"content": [{"text": "I look."}]}}
+    blocks = [cited, one, use(), two, HIDDEN, {"text": "More."}, use("c2")]
+    said = answered(whole([UNSIGNED, *blocks], "tool_use"), OPUS)["message"]
+    results = [{"role": "tool", "tool_call_id": each, "content": "rain"} for each in ("c1", "c2")]
+    history = turns(*HI, said, *results, to=OPUS, tools=[WEATHER], reasoning_effort="low")
+    assert history[1]["content"] == [{"text": "I look."}, *blocks[1:]]
+    changed = turns(*HI, {**said, "content": "Hm."}, *results, to=OPUS, tools=[WEATHER], reasoning_effort="low")
+    assert changed[1]["content"] == [one, two, HIDDEN, {"text": "Hm."}, use(), use("c2")]
+    frames = [
+        delta(0, text="I look."), stop(0),
+        delta(1, reasoningContent={"text": "1"}), delta(1, reasoningContent={"signature": "c2ln"}), stop(1),
+        start(2, toolUse=use()["toolUse"]), stop(2),
+        delta(3, reasoningContent={"text": "2"}), delta(3, reasoningContent={"signature": "c2ln"}), stop(3),
+        delta(4, reasoningContent=HIDDEN["reasoningContent"]), stop(4),
+        delta(5, text="More."), stop(5),
+        start(6, toolUse=use("c2")["toolUse"]), stop(6),
+    ]  # fmt: skip
+    streamed = [piece.body for piece in translated(*frames, TOOL_USE, USAGE, to=OPUS)]
+    (kept,) = (c["delta"] for body in streamed for c in body.get("choices", ()) if "extra_content" in c["delta"])
+    assert kept == {"extra_content": said["extra_content"]}
+
+
 def test_what_bedrocks_own_tools_did_is_not_the_callers() -> None:
     own = use("s1", name="nova_code_interpreter", type="server_tool_use")
     ran = {"toolResult": {"toolUseId": "s1", "content": [{"json": {"stdOut": "7"}}]}}
@@ -674,8 +741,8 @@ def test_five_kinds_of_token() -> None:
 # Streams
 
 
-def translated(*frames: bytes, **asked: Any) -> list[Piece]:
-    decoder, translate = DIALECT.decoder(), DIALECT.stream(ask(stream=True, **asked), SONNET)
+def translated(*frames: bytes, to: Deployment = SONNET, **asked: Any) -> list[Piece]:
+    decoder, translate = DIALECT.decoder(), DIALECT.stream(ask(stream=True, **asked), to)
     return [
         piece for frame in frames for name, data in decoder.feed(frame) for piece in translate(name, json.loads(data))
     ]

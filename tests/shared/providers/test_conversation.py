@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
-from shared.catalog import Deployment
+from shared.catalog import Catalog, Deployment
 from shared.config import Provider
 from shared.errors import UnsupportedParameter
+from shared.prices import PriceTable
 from shared.providers.conversation import CallIds, function_of, in_turns
+from shared.providers.dialect import Outgoing
+from shared.schema import Call
+from shared.settings import Settings
+from shared.upstream import dialect_of
 
 TO = Deployment(Provider(name="p", base_url="https://p.example"), "m")
 FORM = "[A-Za-z0-9]{9}"
@@ -70,3 +76,59 @@ def test_the_function_of_a_call() -> None:
             function_of({"function": {"name": "f", "arguments": arguments}}, TO)
     with pytest.raises(UnsupportedParameter, match="functions"):
         function_of({"type": "custom", "custom": {"name": "x"}}, TO)
+
+
+KEYS = {f"{name}_API_KEY": "k" * 20 for name in ("ANTHROPIC", "BEDROCK", "COHERE", "GEMINI")}
+CATALOG = Catalog.load(
+    Settings.read({**KEYS, "AWS_REGION": "eu-central-1", "GATEWAY_CONFIG": "none"}), PriceTable.vendored()
+)
+MODELS = (
+    "anthropic/claude-sonnet-4-5",
+    "bedrock/us.amazon.nova-lite-v1:0",
+    "cohere/command-a-vision-07-2025",
+    "gemini/gemini-2.5-flash",
+)
+HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+
+
+def requested(model: str, *messages: dict[str, Any], **asked: Any) -> Outgoing:
+    (to,) = CATALOG.resolve(model).deployments
+    return dialect_of(to).request(Call("chat", {"model": model, "messages": list(messages), **asked}), to, None)
+
+
+def picture(detail: str | None) -> dict[str, Any]:
+    image = {"url": "data:image/png;base64,AAAA", "detail": detail}
+    return {"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": image}]}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_who_of_several_said_it_is_told_as_lost(model: str) -> None:
+    for role in ("system", "user", "assistant"):
+        assert requested(model, *HI, {"role": role, "name": "Ada", "content": "x"}, *HI).dropped == ("messages.name",)
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "a", "name": "f", "content": "x"}
+    called = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+    assert requested(model, *HI, called, result).dropped == (), "which its call says"
+    with pytest.raises(UnsupportedParameter, match=r"messages\.name"):
+        requested(model, {**HI[0], "name": "Ada"}, strict=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_detail_that_asks_for_more_is_told_as_lost(model: str) -> None:
+    for detail in (None, "auto", "low"):
+        assert requested(model, picture(detail)).dropped == ()
+    lost = () if model.startswith("cohere/") else ("messages.image_url.detail",)
+    for detail in ("high", "original"):
+        outgoing = requested(model, picture(detail))
+        assert outgoing.dropped == lost
+        assert lost or f'"detail":"{detail}"'.encode() in outgoing.content
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_answer_that_was_only_spoken_is_refused(model: str) -> None:
+    spoken = {"role": "assistant", "content": None, "audio": {"id": "audio_1"}}
+    with pytest.raises(UnsupportedParameter) as refused:
+        requested(model, *HI, spoken, *HI)
+    assert refused.value.param == "messages"
+    assert requested(model, *HI, {**spoken, "content": "Ho"}, *HI).dropped == ("messages.audio",)
+    assert requested(model, *HI, {**spoken, "content": "Ho", "audio": None}, *HI).dropped == ()

@@ -134,6 +134,15 @@ def test_what_it_lacks_is_dropped_and_told() -> None:
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "http://a.example/b.png"}}])]}, "messages"),
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "data:image/png,raw"}}])]}, "messages"),
         ({"messages": [user([{"type": "file", "file": {"file_id": "file-abc"}}])]}, "messages"),
+        *(
+            ({"messages": [*HI, {"role": role, "content": [part]}]}, "messages")
+            for role, part in (
+                ("system", {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}),
+                ("developer", {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}),
+                ("system", {"type": "file", "file": {"file_data": "https://a.example/b.pdf"}}),
+                ("assistant", {"type": "file", "file": {"file_data": "https://a.example/b.pdf"}}),
+            )
+        ),
         ({"messages": [*HI, {"role": "function", "name": "f", "content": "1"}]}, "messages"),
         ({"messages": [*HI, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}, "messages"),
         ({"messages": [*HI, result("call_1", "of no call")]}, "messages"),
@@ -348,6 +357,12 @@ def test_what_openai_has_no_shape_for_goes_to_and_fro() -> None:
     assert message["content"] == "See:"
     assert message["extra_content"] == {"google": {"parts": [parts[0], image], **grounds}}
     assert contents(*HI, {"role": "assistant", **message})[1]["parts"] == [parts[0], image, {"text": "See:"}]
+
+
+def test_a_picture_that_a_model_drew_is_its_own() -> None:
+    drawn = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    turn = contents(*HI, {"role": "assistant", "content": [drawn]}, *HI)[1]
+    assert turn == {"role": "model", "parts": [{"inlineData": {"mimeType": "image/png", "data": "AAAA"}}]}
 
 
 # Whole answers
