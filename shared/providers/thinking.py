@@ -145,13 +145,14 @@ def is_signed(block: JSON) -> bool:
 def _forgotten(call: Call, to: Deployment) -> bool:
     """Whether what was thought before the calls now answered is not known, as they are another's, or nobody kept it.
 
-    "A tool-use loop is one assistant turn", which need only begin with a thought: later calls may have none."""
+    "A tool-use loop is one assistant turn", which need only begin with a thought: later calls may have none. Nor may
+    an answer that the caller began, and Claude is to end, stand without one."""
     first: JSON | None = None
     messages: list[JSON] = call.body["messages"]
     for message in reversed(messages):
         if message["role"] == "assistant":
             if first is None and not message.get("tool_calls"):
-                return False
+                return message is messages[-1] and not thoughts(message, to)
             first = message
         elif first is not None and message["role"] == "user":
             break

@@ -418,6 +418,13 @@ def enabled(tokens: int) -> dict[str, Any]:
             None,
             ("reasoning_effort",),
         ),
+        (
+            BUDGET,  # an answer that the caller began has no thought to stand after
+            {"messages": [*HI, {"role": "assistant", "content": "Well"}], "reasoning_effort": "low"},
+            None,
+            None,
+            ("reasoning_effort",),
+        ),
         (ADAPTIVE, {"reasoning_effort": "minimal"}, adaptive(), "low", ()),
         (ADAPTIVE, {"reasoning_effort": "xhigh"}, adaptive(), "high", ()),
         (ADAPTIVE, {"reasoning_effort": "max"}, adaptive(), "max", ()),
