@@ -24,6 +24,10 @@ class StageError(ValueError):
     """Something about the stage, or the way to it, is not as it must be; the message says what to do."""
 
 
+class NoStack(StageError):
+    """There is no stack of this name in this region: mistyped, elsewhere, not deployed yet or removed."""
+
+
 class Stage:
     """Raises StageError where AWS refuses or is not reached."""
 
@@ -33,16 +37,22 @@ class Stage:
         self.path = f"/lightrail/{name}"
         self._clients: dict[str, Any] = {}
 
-    def outputs(self) -> dict[str, str]:
-        """`TableName`, `BaseUrl` and `AlarmTopicArn` of the deployed stack."""
+    def described(self) -> dict[str, Any]:
+        """Raises NoStack."""
         try:
             (stack,) = self.call("cloudformation", "describe_stacks", StackName=self.stack)["Stacks"]
         except StageError as error:
-            if "does not exist" not in str(error):
+            if f"{self.stack} does not exist" not in str(error):
                 raise
-            raise StageError(
-                f"No stack {self.stack} in {self.region}: `make deploy STAGE={self.name}` makes it."
+            raise NoStack(
+                f"No stack {self.stack} in {self.region}. Elsewhere? Add REGION=…;"
+                f" else: make deploy STAGE={self.name} REGION={self.region}"
             ) from None
+        return stack
+
+    def outputs(self) -> dict[str, str]:
+        """`TableName`, `BaseUrl` and `AlarmTopicArn` of the deployed stack; raises NoStack."""
+        stack = self.described()
         return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
 
     def pepper(self) -> str:

@@ -14,7 +14,7 @@ from botocore.exceptions import WaiterError  # pyright: ignore[reportMissingType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 
-from functions.stage import PEPPER, Stage, StageError
+from functions.stage import PEPPER, NoStack, Stage, StageError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,24 +49,26 @@ def shown(stage: Stage) -> str:
 def removed(stage: Stage, *, everything: bool) -> str:
     try:
         table = stage.outputs()["TableName"]
-    except StageError:
-        if not everything:
+    except NoStack:
+        if not everything or not (deleted := delete_secrets(stage)):
             raise
-        table = None  # an earlier removal took the stack, and said how to delete the table that it kept
-    else:
-        take_down(stage)
+        return f"No stack {stage.stack} in {stage.region}; deleted {deleted} secrets; a kept table, if any, stays."
+    take_down(stage)
     if not everything:
         return (
             f"{stage.stack} is gone. Kept, and billed for storage alone: its table {table}, and the secrets under"
             f" {stage.path}, without which its keys are void. A new deployment makes a new table.\n"
             f"To delete the old one: aws dynamodb delete-table --table-name {table}"
         )
-    if table:
-        stage.call("dynamodb", "delete_table", TableName=table)
+    stage.call("dynamodb", "delete_table", TableName=table)
+    return f"{stage.stack} is gone, and so are its table and {delete_secrets(stage)} secrets."
+
+
+def delete_secrets(stage: Stage) -> int:
     names = stage.secrets()
     for name in names:
         stage.delete(name)
-    return f"{stage.stack} is gone, and so are {'its table and ' if table else ''}{len(names)} secrets."
+    return len(names)
 
 
 def take_down(stage: Stage) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import boto3
 import httpx
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
 from moto import mock_aws
 from openai import AsyncOpenAI
 
@@ -248,7 +250,16 @@ def test_from_deployed_to_a_first_key_and_away(deployed: JSON, capsys: pytest.Ca
     assert boto3.client("lambda").list_functions()["Functions"] == []
     assert identified(table, values["LR_KEY_PEPPER"], admin["key"]).name == "admin"
     assert stages.main(["remove", STAGE, "--everything"]) == 0, "what the first removal kept goes with the second"
-    assert ssm.get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"] == []
+    said = capsys.readouterr().out
+    assert f"No stack lightrail-{STAGE} in {REGION}; deleted 2 secrets" in said
+    assert "a kept table, if any, stays" in said
+    assert given_secrets() == []
+    assert boto3.client("dynamodb").list_tables()["TableNames"] == [table]
+
+
+def given_secrets() -> list[str]:
+    found = boto3.client("ssm").get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"]
+    return sorted(each["Name"].rpartition("/")[2] for each in found)
 
 
 def identified(table: str, pepper: str, key: str) -> VirtualKey:
@@ -266,8 +277,37 @@ def identified(table: str, pepper: str, key: str) -> VirtualKey:
 def test_everything_goes_where_asked(deployed: JSON, capsys: pytest.CaptureFixture[str]) -> None:
     asked(capsys, "secrets", "push")
     assert stages.main(["remove", STAGE, "--everything"]) == 0
+    assert f"lightrail-{STAGE} is gone" in capsys.readouterr().out
     assert boto3.client("dynamodb").list_tables()["TableNames"] == []
-    assert boto3.client("ssm").get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"] == []
+    assert given_secrets() == []
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_gone(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(capsys, "secrets", "push")
+    call = BaseClient._make_api_call
+
+    def refusing(client: Any, operation: str, arguments: JSON) -> Any:
+        if operation == "DescribeStacks":
+            message = "User is not authorized to perform: cloudformation:DescribeStacks"
+            raise ClientError({"Error": {"Code": "AccessDenied", "Message": message}}, operation)
+        return call(client, operation, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseClient, "_make_api_call", refusing)
+        assert stages.main(["remove", STAGE, "--everything"]) == 1
+    assert "not authorized" in capsys.readouterr().err
+    assert given_secrets() == ["LR_KEY_PEPPER", "OPENAI_API_KEY"], "its keys are still good"
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["remove"], ["remove", "--everything"]])
+def test_a_stage_that_is_not_there_is_not_said_to_be_gone(
+    aws: None, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    verb, *options = arguments
+    assert stages.main([verb, "dve", *options]) == 1
+    assert f"No stack lightrail-dve in {REGION}. Elsewhere? Add REGION=…" in capsys.readouterr().err
 
 
 def test_one_secret_is_read_from_standard_input(
@@ -282,7 +322,7 @@ def test_one_secret_is_read_from_standard_input(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--stage", STAGE, "keys", "list"], f"`make deploy STAGE={STAGE}` makes it"),
+        (["--stage", STAGE, "keys", "list"], f"make deploy STAGE={STAGE} REGION={REGION}"),
         (["--stage", STAGE, "secrets", "put", "STRIPE_API_KEY"], "no provider asks for it"),
         (["--stage", STAGE, "secrets", "delete", "LR_KEY_PEPPER"], "every virtual key depends on it"),
         (["secrets", "list"], "--stage dev"),
