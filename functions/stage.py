@@ -15,6 +15,7 @@ from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs] it 
 from shared.config import Provider
 
 PEPPER = "LR_KEY_PEPPER"
+OUTPUTS = {"TableName", "BaseUrl", "AlarmTopicArn"}
 ELSEWHERE = ("PROXY_URL", "AI_PROXY_URL")
 """Taken along with the providers' variables."""
 LOOPBACK = ("//127.", "//localhost", "//[::1]")
@@ -53,7 +54,13 @@ class Stage:
     def outputs(self) -> dict[str, str]:
         """`TableName`, `BaseUrl` and `AlarmTopicArn` of the deployed stack; raises NoStack."""
         stack = self.described()
-        return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+        outputs = {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+        if not outputs.keys() >= OUTPUTS:  # a first deployment failed: osls leaves its bucket, the CDK an empty stack
+            where = f"STAGE={self.name} REGION={self.region}"
+            raise StageError(
+                f"{self.stack} is not complete ({stack['StackStatus']}): deploy again, or: make remove {where}"
+            )
+        return outputs
 
     def pepper(self) -> str:
         """Made at first use; one that is there is never replaced, for that would end all keys."""

@@ -87,6 +87,7 @@ def deployed(aws: None, template: JSON, scratch: Path) -> JSON:
     s3.put_object(Bucket=bucket, Key=code[0]["S3Key"], Body=(scratch / "dist/lightrail.zip").read_bytes())
     outputs = {key: {"Value": output["Value"]} for key, output in template["Outputs"].items()}
     body = json.dumps(template | {"Outputs": outputs})  # moto stumbles over exports that come with an update
+    body = body.replace('"RetainExceptOnCreate"', '"Retain"')  # which it takes for "Delete"
     put_up(StackName=name, TemplateBody=body, Capabilities=capabilities)
     return template
 
@@ -308,6 +309,26 @@ def test_a_stage_that_is_not_there_is_not_said_to_be_gone(
     verb, *options = arguments
     assert stages.main([verb, "dve", *options]) == 1
     assert f"No stack lightrail-dve in {REGION}. Elsewhere? Add REGION=…" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("everything", [[], ["--everything"]])
+def test_a_first_deployment_that_failed_is_told_and_taken_down(
+    aws: None, capsys: pytest.CaptureFixture[str], everything: list[str]
+) -> None:
+    cloudformation, name = boto3.client("cloudformation"), f"lightrail-{STAGE}"
+    bucket = {"Resources": {"Bucket": {"Type": "AWS::S3::Bucket"}}}  # what osls leaves
+    cloudformation.create_stack(StackName=name, TemplateBody=json.dumps(bucket))
+    boto3.client("ssm").put_parameter(Name=f"/lightrail/{STAGE}/OPENAI_API_KEY", Value="x", Type="SecureString")
+    told = f"{name} is not complete (CREATE_COMPLETE): deploy again, or: make remove STAGE={STAGE} REGION={REGION}"
+    assert stages.main(["show", STAGE]) == 1
+    assert told in capsys.readouterr().err
+    assert cli.main(["--stage", STAGE, "keys", "create", "--name", "admin"]) == 1
+    assert told in capsys.readouterr().err
+
+    assert stages.main(["remove", STAGE, *everything]) == 0
+    assert "is gone" in capsys.readouterr().out
+    assert given_secrets() == ([] if everything else ["OPENAI_API_KEY"])
+    assert cloudformation.describe_stacks()["Stacks"] == []
 
 
 def test_one_secret_is_read_from_standard_input(
