@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := infra/locks
 STAGE ?= dev
-REGION ?= $(or $(AWS_REGION),$(AWS_DEFAULT_REGION),us-east-1)
+PROFILES = $(shell $(BIN)/python -c 'import boto3; print(boto3.Session().region_name or "")' 2>/dev/null)
+# Found when it is first needed, and then known.
+REGION ?= $(eval REGION := $(or $(AWS_REGION),$(AWS_DEFAULT_REGION),$(PROFILES),us-east-1))$(REGION)
 DEPLOYERS := infra/node_modules/.bin
-AWS := AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
+AWS = AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint check bench prices matrix locks clean

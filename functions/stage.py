@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,7 @@ class Stage:
         self.name = name
         self.stack = f"lightrail-{name}"
         self.path = f"/lightrail/{name}"
+        self._region = os.environ.get("AWS_REGION")  # as for other tools; boto3 reads AWS_DEFAULT_REGION alone
         self._clients: dict[str, Any] = {}
 
     def described(self) -> dict[str, Any]:
@@ -97,7 +99,7 @@ class Stage:
         if service not in self._clients:
             make: Any = boto3.client  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             try:
-                self._clients[service] = make(service)
+                self._clients[service] = make(service, region_name=self._region or None)
             except BotoCoreError as error:
                 raise StageError(f"AWS: {error}") from error
         return self._clients[service]

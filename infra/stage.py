@@ -89,7 +89,7 @@ def take_down(stage: Stage) -> str | None:
         if each["ResourceStatus"] != "DELETE_COMPLETE":
             found.setdefault(each["ResourceType"], []).append(each.get("PhysicalResourceId", ""))
     for bucket in found.get("AWS::S3::Bucket", ()):
-        s3("s3").Bucket(bucket).object_versions.delete()
+        s3("s3", region_name=stage.region).Bucket(bucket).object_versions.delete()
     stage.call("cloudformation", "delete_stack", StackName=stage.stack)
     stage.client("cloudformation").get_waiter("stack_delete_complete").wait(StackName=stage.stack)
     return next(iter(found.get("AWS::DynamoDB::Table", ())), None)

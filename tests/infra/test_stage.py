@@ -12,6 +12,8 @@ import asyncio
 import io
 import json
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from shared.store import open_store
 from shared.store.base import VirtualKey
 from shared.store.dynamodb import create_table_at
 from tests.apigateway import APIGateway, Route, written
-from tests.infra.conftest import REGION, STAGE
+from tests.infra.conftest import REGION, STAGE, done
 from tests.runtime_api import RuntimeAPI
 from tests.server import PROVIDER_KEY, ROOT
 from tests.upstream import Upstream
@@ -332,11 +334,11 @@ def test_a_first_deployment_that_failed_is_told_and_taken_down(
 
 
 def test_one_secret_is_read_from_standard_input(
-    aws: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("gsk-of-the-tests\n"))
     answer = asked(capsys, "secrets", "put", "GROQ_API_KEY")
-    assert answer == {"stage": STAGE, "given": ["GROQ_API_KEY"], "secrets": ["GROQ_API_KEY"]}
+    assert answer == {"stage": STAGE, "region": REGION, "given": ["GROQ_API_KEY"], "secrets": ["GROQ_API_KEY"]}
     assert asked(capsys, "secrets", "delete", "GROQ_API_KEY")["secrets"] == []
 
 
@@ -352,6 +354,55 @@ def test_one_secret_is_read_from_standard_input(
 def test_a_slip_is_told(aws: None, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert cli.main(arguments) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["push"], ["put", "GROQ_API_KEY"]])
+def test_secrets_are_given_to_no_stage_that_is_not_there(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("gsk-of-the-tests\n"))
+    for stage, region in (("dve", REGION), (STAGE, "us-east-1")):
+        monkeypatch.setenv("AWS_REGION", region)
+        assert cli.main(["--stage", stage, "secrets", *arguments]) == 1
+        assert f"No stack lightrail-{stage} in {region}. Elsewhere?" in capsys.readouterr().err
+        parameters = boto3.client("ssm", region_name=region).describe_parameters()["Parameters"]
+        assert not [each["Name"] for each in parameters if each["Name"].startswith("/lightrail/")]
+
+
+def test_the_region_is_aws_region_before_botos_own_variable(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REGION", REGION)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    assert asked(capsys, "secrets", "list")["region"] == REGION
+    assert asked(capsys, "keys", "create", "--name", "ada")["name"] == "ada"
+    assert [key["name"] for key in asked(capsys, "keys", "list")] == ["ada"]
+    assert stages.main(["remove", STAGE]) == 0
+    assert f"--region {REGION}" in capsys.readouterr().out
+
+
+MAKE = pytest.mark.skipif(not shutil.which("make"), reason="no make")
+
+
+@MAKE
+@pytest.mark.parametrize(
+    ("environ", "given", "region"),
+    [
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, [], "eu-west-1"),
+        ({"AWS_DEFAULT_REGION": "eu-west-2"}, [], "eu-west-2"),
+        ({"AWS_PROFILE": "work"}, [], "eu-west-3"),
+        ({"AWS_PROFILE": "work"}, ["REGION=eu-north-1"], "eu-north-1"),
+        ({}, [], "us-east-1"),
+    ],
+)
+def test_make_takes_the_region_that_is_said_or_else_the_profiles(
+    environ: dict[str, str], given: list[str], region: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text("[profile work]\nregion = eu-west-3\n")
+    python = Path(sys.executable).parent
+    config = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_EC2_METADATA_DISABLED": "true"}
+    said = done(["make", "--dry-run", "admin-key", f"BIN={python}", *given], ROOT, **config, **environ)
+    assert f"AWS_REGION={region} AWS_DEFAULT_REGION={region} " in said
 
 
 def test_a_table_on_aws_never_gets_this_machines_pepper(
