@@ -35,6 +35,7 @@ PRELUDE = {"statusCode": int, "headers": dict, "multiValueHeaders": dict, "cooki
 ERROR_TYPE, ERROR_BODY = "lambda-runtime-function-error-type", "lambda-runtime-function-error-body"
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:lightrail-test-stream"
 REQUEST = re.compile(r"(GET|POST) (/\S+) HTTP/1\.1")
+FORBIDDEN = re.compile(r"[\r\n\0]")  # in no header: https://www.rfc-editor.org/rfc/rfc9110#section-5.5
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n")
 
 
@@ -380,6 +381,6 @@ def checked_prelude(text: bytes) -> Any:
         strings += [value for values in prelude.get("multiValueHeaders", {}).values() for value in values]
     except (ValueError, KeyError, AttributeError):
         fits, prelude, strings = False, None, []
-    if not fits or not all(isinstance(value, str) for value in strings):
+    if not fits or not all(isinstance(value, str) and not FORBIDDEN.search(value) for value in strings):
         raise RefusedError(400, f"prelude {text!r}")
     return prelude
