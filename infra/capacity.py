@@ -47,6 +47,7 @@ MOST_OPEN = 1000  # of a key: functions/keyform.py
 KEY_OPEN = 100  # of a key, unless said otherwise
 CONCURRENCY = 1000  # environments, one for each open call; +1000 in 10 seconds
 EDGE_RATE = 10_000  # requests a second, and a burst of 5,000; in some regions 2,500
+SECRET_READS, SECRETS_A_READ = 40, 10  # a second, and each reads ten at most; 100 with high throughput enabled
 NEW_TABLE = 4000  # write units a second that a table takes before it has seen more; it doubles its peak in 30 minutes
 
 # A request, as measured here (tests/infra/test_capacity.py) or estimated.
@@ -158,6 +159,11 @@ def books_rate() -> float:
     return facts["timeout"] / 600 * min(1.0, memory_of("sweep") / PROCESSOR) / (ROW_READ * READS)
 
 
+def starts(secrets: int) -> float:
+    """New environments a second that can read their secrets: a burst after quiet makes one for each of its calls."""
+    return SECRET_READS / math.ceil(secrets / SECRETS_A_READ)
+
+
 def container() -> float:
     """US dollars a month: two tasks of half a processor and 1 GB, a balancer, an address for each and its two."""
     return MONTH / 3600 * (2 * (0.5 * VCPU_HOUR + GB_HOUR) + BALANCER_HOUR + 4 * ADDRESS_HOUR)
@@ -194,7 +200,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def told(load: Load, stored: float) -> str:
+def told(load: Load, stored: float, secrets: int) -> str:
     costs = load.costs()
     lines = [f"{load.rate:g} calls/s of {load.seconds:g} s by {load.keys} key(s): {load.open:.0f} open at a time", ""]
     lines += ["US dollars per 1,000 calls, without the provider's own price"]
@@ -204,6 +210,10 @@ def told(load: Load, stored: float) -> str:
     lines += ["Where limits bite, in calls/s"]
     for what, most in sorted(load.limits().items(), key=lambda limit: limit[1]):
         lines.append(f"  {most:8.1f}  {what}{'   <- this load is above' if most < load.rate else ''}")
+    lines += ["", "Where limits bite in a burst, in new environments a second"]
+    lines += [
+        f"  {starts(secrets):8.1f}  {SECRET_READS} reads of secrets a second; who must wait does so for some seconds"
+    ]
     even = load.break_even()
     lines += ["", f"A container (two small tasks and a balancer: {container():.0f} a month) is cheaper above"]
     lines += [f"  {even:8.2f}  such calls/s around the clock, {replace(load, rate=even).open:.1f} open on average", ""]
@@ -218,11 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--seconds", type=float, default=10, help="how long each takes")
     options.add_argument("--keys", type=int, default=1, help="how many keys share them")
     options.add_argument("--kilobytes", type=float, default=100, help="of each answer")
+    options.add_argument("--secrets", type=int, default=5, help="how many the stage has: provider keys and the pepper")
     options.add_argument("--stored", type=float, default=1, help="GB in the table")
     options.add_argument("--table", action="store_true", help="the table in CAPACITY.md")
     given = options.parse_args(arguments)
     load = Load(given.rate, given.seconds, given.keys, given.kilobytes * KB, memory_of("stream"))
-    print(table() if given.table else told(load, given.stored))
+    print(table() if given.table else told(load, given.stored, given.secrets))
     return 0
 
 

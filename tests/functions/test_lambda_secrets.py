@@ -48,12 +48,15 @@ def clock() -> Clock:
 
 
 class ParameterStore:
-    """SSM, as moto plays it. `calls` is what was asked; while `down`, nothing is answered."""
+    """SSM, as moto plays it. `calls` is what was asked; while `down`, nothing is answered, nor so many times where it
+    is `throttled`, each of which takes the `clock` five seconds."""
 
     def __init__(self) -> None:
         self.client: Any = boto3.client("ssm", region_name="us-east-1")
         self.calls: list[str] = []
         self.down = False
+        self.throttled = 0
+        self.clock: Clock | None = None
 
     def put(self, **secrets: str) -> None:
         for name, value in secrets.items():
@@ -74,6 +77,11 @@ def ssm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ParameterStore]:
                 store.calls.append(arguments.get("NextToken") or arguments["Path"])
                 if store.down:
                     raise botocore.client.ClientError({"Error": {"Code": "InternalServerError"}}, operation)
+                if store.throttled:
+                    store.throttled -= 1
+                    if store.clock:
+                        store.clock.now += 5
+                    raise botocore.client.ClientError({"Error": {"Code": "ThrottlingException"}}, operation)
             return answer(self, operation, arguments)
 
         monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", noted)
@@ -164,6 +172,28 @@ async def test_who_has_secrets_does_not_wait_for_new_ones(
     assert not first.done()
     hanging.set()
     assert await first == PRESENT
+
+
+async def test_a_new_environment_waits_for_its_turn_in_a_burst(ssm: ParameterStore, clock: Clock):
+    ssm.put(**PRESENT)
+    ssm.throttled, ssm.clock = 1, clock
+    assert await Secrets(PATH, clock).current() == PRESENT
+    assert len(ssm.calls) == 2
+
+
+async def test_but_for_seconds_only_and_not_where_it_has_some(ssm: ParameterStore, clock: Clock):
+    ssm.put(**PRESENT)
+    ssm.throttled, ssm.clock = 2, clock
+    with pytest.raises(StoreUnavailable):
+        await Secrets(PATH, clock).current()
+    assert len(ssm.calls) == 2
+
+    secrets = Secrets(PATH, clock)
+    assert await secrets.current() == PRESENT
+    clock.now += TTL
+    ssm.throttled = 1
+    assert await secrets.current() == PRESENT
+    assert len(ssm.calls) == 4
 
 
 async def test_while_there_never_were_any_it_is_a_503(ssm: ParameterStore, clock: Clock):

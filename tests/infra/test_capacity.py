@@ -63,6 +63,13 @@ def test_the_document_says_how_much_the_sweep_keeps_up_with() -> None:
     assert capacity.READS == 8, "as the document says"
 
 
+def test_a_burst_reads_secrets_page_by_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [capacity.starts(secrets) for secrets in (1, 10, 11, 30)] == [40, 40, 20, pytest.approx(40 / 3)]
+    assert capacity.main(["--secrets", "11"]) == 0
+    assert "20.0  40 reads of secrets a second" in capsys.readouterr().out
+    assert "**Secrets: 40 new environments a second,** 20 where" in (ROOT / "infra/CAPACITY.md").read_text()
+
+
 def test_nobody_calling_costs_storage_and_cents() -> None:
     cost = capacity.idle(stored=0)
     assert sum(cost.values()) < 0.10
