@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,10 +104,14 @@ class Load:
             f"{KEY_OPEN} open calls of a key (its limit unless said otherwise)": self.keys * KEY_OPEN / length,
             f"{ITEM_WRITES} write units a second of a key's item": self.keys * key_ceiling(self.seconds),
             f"{CONCURRENCY} environments of Lambda": CONCURRENCY / length,
-            f"{NEW_TABLE} write units a second of a new table": NEW_TABLE / self.written,
+            f"{NEW_TABLE} write units a second of a new table": self.table_ceiling(),
             f"{EDGE_RATE} requests a second at API Gateway": EDGE_RATE,
             "the sweep's time, if it is to check all books each hour": books_rate(),
         }
+
+    def table_ceiling(self) -> int:
+        """The most calls a second, of this length and by as many keys, that a new table takes."""
+        return most(NEW_TABLE, lambda rate: replace(self, rate=rate).written)
 
     def break_even(self) -> float:
         """Calls a second, around the clock, above which the smallest dependable container is cheaper.
@@ -150,7 +156,12 @@ def units(size: float) -> int:
 
 def key_ceiling(seconds: float) -> int:
     """The most calls a second that one key's item takes; it grows with what is open, so long calls allow fewer."""
-    return max(rate for rate in range(1, ITEM_WRITES) if rate * Load(rate, seconds).units <= ITEM_WRITES)
+    return most(ITEM_WRITES, lambda rate: Load(rate, seconds).units)
+
+
+def most(limit: int, units_at: Callable[[int], int]) -> int:
+    """The most calls a second within a limit of write units; the more there are, the larger the items they write."""
+    return bisect_right(range(1, limit + 1), limit, key=lambda rate: rate * units_at(rate))
 
 
 def books_rate() -> float:

@@ -57,6 +57,13 @@ def test_longer_calls_leave_a_key_fewer() -> None:
         assert most * Load(most, seconds).units <= 1000 < (most + 1) * Load(most + 1, seconds).units
 
 
+def test_what_a_new_table_takes_does_not_depend_on_the_rate_that_is_asked_about() -> None:
+    loads = [Load(rate, 10, keys=10) for rate in (0.1, 1, 100, 1000)]
+    assert len({load.table_ceiling() for load in loads}) == 1
+    ceiling = loads[0].table_ceiling()
+    assert ceiling * Load(ceiling, 10, keys=10).written <= 4000 < (ceiling + 1) * Load(ceiling + 1, 10, keys=10).written
+
+
 def test_the_document_says_how_much_the_sweep_keeps_up_with() -> None:
     told = f"about {capacity.books_rate() // 100 * 100:,.0f} calls a second, of all keys together"
     assert told in (ROOT / "infra/CAPACITY.md").read_text()
