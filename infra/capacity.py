@@ -26,7 +26,7 @@ from shared.keys import time_ordered
 from shared.store.base import Hold, VirtualKey
 from shared.store.dynamodb import item_of
 
-FUNCTIONS = Path(__file__).with_name("functions.yml")
+FUNCTIONS, RESOURCES = (Path(__file__).with_name(name) for name in ("functions.yml", "resources.yml"))
 MONTH = 730 * 3600
 KB, GB = 1024, 1024**3
 
@@ -40,6 +40,8 @@ WRITE, READ = 0.625e-6, 0.125e-6  # a request unit, on demand
 STORED, RECOVERY = 0.25, 0.20  # a GB and month of table, and of its point-in-time recovery
 LOGGED = 0.50 / GB  # a byte
 SENT = 0.09 / GB  # a byte to the internet
+ALARM, METRIC, DASHBOARD = 0.10, 0.30, 3.00  # a month: a metric watched, a metric of our own, a dashboard
+FREE = "ten alarms, ten metrics and three dashboards"  # of an account, for ever
 VCPU_HOUR, GB_HOUR = 0.03238, 0.00356  # Fargate, arm64
 BALANCER_HOUR, ADDRESS_HOUR = 0.0225 + 0.008, 0.005  # with one unit of capacity; a public IPv4 address
 
@@ -56,6 +58,7 @@ NEW_TABLE = 4000  # write units a second that a table takes before it has seen m
 WRITES = 2  # of the key's item: admit, settle
 ROW_BYTES = 800  # a generation's record, once in the table and once in its index
 LOG_BYTES = 2000  # its log line, its metrics, and the platform's three lines
+SWEEP_METRICS = 3  # functions/sweep.py
 OVERHEAD = 0.1  # seconds before and after the provider's
 
 # The sweep, in seconds of a whole processor, which comes with so much memory; measured here, rounded up for Lambda's.
@@ -181,13 +184,26 @@ def container() -> float:
 
 
 def idle(stored: float) -> dict[str, float]:
-    """US dollars a month of a stage that nobody calls; `stored` is in GB."""
+    """US dollars a month of a stage that nobody calls, but for what `watching` is; `stored` is in GB."""
     runs, memory = MONTH / 600, memory_of("sweep")
     length = OVERHEAD + IDLE_RUN * max(1.0, PROCESSOR / memory)
     return {
         "table and its recovery": stored * (STORED + RECOVERY),
         "sweep, every ten minutes": runs * (INVOCATION + GB_SECOND * memory * length + 10 * READ),
         "packages and logs": 0.01,
+    }
+
+
+def watching() -> dict[str, float]:
+    """US dollars a month for watching it, where the account's free tier is used up by others."""
+    resources = yaml.safe_load(RESOURCES.read_text("utf-8"))["Resources"].values()
+    alarms = [each["Properties"] for each in resources if each["Type"] == "AWS::CloudWatch::Alarm"]
+    watched = sum(sum("MetricStat" in each for each in alarm.get("Metrics", ())) or 1 for alarm in alarms)
+    dashboards = sum(each["Type"] == "AWS::CloudWatch::Dashboard" for each in resources)
+    return {
+        f"alarms, which watch {watched} metrics": ALARM * watched,
+        f"{SWEEP_METRICS} metrics of the sweep's own": METRIC * SWEEP_METRICS,
+        "dashboard": DASHBOARD * dashboards,
     }
 
 
@@ -228,8 +244,10 @@ def told(load: Load, stored: float, secrets: int) -> str:
     even = load.break_even()
     lines += ["", f"A container (two small tasks and a balancer: {container():.0f} a month) is cheaper above"]
     lines += [f"  {even:8.2f}  such calls/s around the clock, {replace(load, rate=even).open:.1f} open on average", ""]
-    lines += [f"Idle, US dollars a month with {stored:g} GB stored, free tiers not counted"]
+    lines += [f"Idle, US dollars a month with {stored:g} GB stored"]
     lines += [f"  {cost:8.4f}  {what}" for what, cost in idle(stored).items()]
+    lines += [f"and free within the account's free tier of {FREE}, else"]
+    lines += [f"  {cost:8.4f}  {what}" for what, cost in watching().items()]
     return "\n".join(lines)
 
 

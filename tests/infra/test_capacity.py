@@ -78,5 +78,16 @@ def test_a_burst_reads_secrets_page_by_page(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_nobody_calling_costs_storage_and_cents() -> None:
-    cost = capacity.idle(stored=0)
-    assert sum(cost.values()) < 0.10
+    assert sum(capacity.idle(stored=0).values()) < 0.10
+
+
+def test_what_watches_an_idle_stage_is_told_with_what_it_costs_beyond_the_free_tier(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert capacity.main([]) == 0
+    idle = capsys.readouterr().out.partition("Idle, ")[2]
+    free = idle.partition(
+        "free within the account's free tier of ten alarms, ten metrics and three dashboards, else\n"
+    )[2]
+    assert [line.split()[0] for line in free.splitlines()] == ["0.9000", "0.9000", "3.0000"]
+    assert list(capacity.watching().values()) == [pytest.approx(0.9), pytest.approx(0.9), 3.0]
