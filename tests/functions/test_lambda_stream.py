@@ -283,6 +283,19 @@ async def test_a_whole_answer_is_a_504_before_the_platform_cuts_it(cloud: Cloud,
     assert (row.doc["status"], row.doc["error"]["code"], row.cost) == ("failed", "upstream_timeout", 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_where_no_time_is_left_the_provider_is_not_asked(cloud: Cloud, provider: Upstream, stream: bool):
+    spent = await cloud.spent()
+    event = cloud.chat(stream=stream, seconds=MARGIN - 0.1)
+    await over(event)
+    await cloud.idle()
+    assert event.prelude["statusCode"] == 504
+    assert json.loads(event.body)["error"]["code"] == "upstream_timeout"
+    assert provider.seen == []
+    assert (await cloud.row(event)).doc["status"] == "failed"
+    assert await cloud.spent() == spent
+
+
 async def test_a_caller_who_does_not_read_does_not_keep_an_answer_from_its_record(cloud: Cloud, provider: Upstream):
     flood = [piece("x" * 65536)] * 400
     provider.next(fake.stream(*flood, end=False))
