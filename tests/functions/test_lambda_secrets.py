@@ -214,9 +214,14 @@ async def test_while_there_never_were_any_it_is_a_503(ssm: ParameterStore, clock
 @asynccontextmanager
 async def asked(current: Current) -> AsyncIterator[httpx.AsyncClient]:
     app = assemble(current.settings, current)
+    app.add_api_route("/crash", crash)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gw", trust_env=False) as client:
         yield client
     await current.close()
+
+
+async def crash() -> None:
+    raise RuntimeError
 
 
 def environ(folder: Path, **more: str) -> dict[str, str]:
@@ -264,6 +269,21 @@ async def test_callers_are_told_503_until_the_secrets_are_there(ssm: ParameterSt
         ssm.put(**PRESENT)
         clock.now += RETRY
         assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_page_of_a_set_origin_can_read_that_too(ssm: ParameterStore, clock: Clock, tmp_path: Path):
+    origin = {"origin": "https://page.example"}
+    async with asked(Current(environ(tmp_path, CORS_ORIGINS=origin["origin"]), clock)) as client:
+        preflight = await client.options("/v1/models", headers={**origin, "access-control-request-method": "GET"})
+        assert (preflight.status_code, ssm.calls) == (200, [])
+        for status in (503, 500):
+            answer = await client.get("/crash", headers=origin)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin["origin"]
+            assert "retry-after" in answer.headers["access-control-expose-headers"]
+            assert answer.headers["x-request-id"].startswith("req-")
+            ssm.put(**PRESENT)
+            clock.now += RETRY
 
 
 async def test_a_change_for_the_worse_is_logged_and_not_followed(
