@@ -118,7 +118,7 @@ class RuntimeAPI:
         self.waiting = 0
         self._snapshot_taken = asyncio.Event()
         self._restored = asyncio.Event()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
@@ -144,6 +144,10 @@ class RuntimeAPI:
         self.events[made.id] = made
         self._queue.put_nowait(made)
         return made
+
+    def refuse(self) -> None:
+        """Refuse whoever waits for an event, as in a bad moment; it is among the `violations`, too."""
+        self._queue.put_nowait(None)
 
     async def snapshot_taken(self) -> None:
         await self._snapshot_taken.wait()
@@ -238,6 +242,8 @@ class RuntimeAPI:
             event = await self._queue.get()
         finally:
             self.waiting -= 1
+        if event is None:
+            raise RefusedError(500, "the platform has a bad moment")
         event.taken_at = time.monotonic()
         headers = {
             "Lambda-Runtime-Aws-Request-Id": event.id,

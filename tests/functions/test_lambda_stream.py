@@ -689,6 +689,27 @@ async def test_without_a_platform_the_loop_ends():
         await runtime.serve(client, Handler(client, saying(), current), 1)
 
 
+async def test_an_answer_under_way_is_whole_though_the_platform_refuses_one_more_event():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(5):
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0.1)
+        await send({"type": "http.response.body", "body": b"end"})
+
+    async with RuntimeAPI(parallel=2) as api:
+        client, current = runtime.RuntimeAPI(api.address), Current({"DATABASE_URL": "sqlite:///never-opened.db"})
+        loop = asyncio.ensure_future(runtime.serve(client, Handler(client, app, current, alone=False), 2))
+        await until(lambda: api.waiting == 2)
+        event = api.invoke(get())
+        await until(lambda: event.chunks != [])
+        api.refuse()
+        with pytest.RaisesGroup(runtime.RefusedError):
+            await loop
+    assert event.body == b"xxxxxend"
+    assert not event.truncated
+
+
 # The strict Runtime API itself ----------------------------------------------------------------------------------------
 
 TYPE = "Content-Type: application/vnd.awslambda.http-integration-response"
