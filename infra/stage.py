@@ -44,7 +44,8 @@ def shown(stage: Stage) -> str:
     lines += [
         f"  make admin-key {make}   makes an admin key, shown once",
         "  To hear its alarms:",
-        f"    aws sns subscribe --topic-arn {outputs['AlarmTopicArn']} --protocol email --notification-endpoint …",
+        f"    aws sns subscribe --region {stage.region} --topic-arn {outputs['AlarmTopicArn']} --protocol email"
+        " --notification-endpoint …",
     ]
     return "\n".join(lines)
 
