@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := infra/locks
 STAGE ?= dev
-REGION ?= $(or $(AWS_REGION),$(AWS_DEFAULT_REGION),us-east-1)
+PROFILES = $(shell $(BIN)/python -c 'import boto3; print(boto3.Session().region_name or "")' 2>/dev/null)
+# Found when it is first needed, and then known.
+REGION ?= $(eval REGION := $(or $(AWS_REGION),$(AWS_DEFAULT_REGION),$(PROFILES),us-east-1))$(REGION)
 DEPLOYERS := infra/node_modules/.bin
-AWS := AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
+AWS = AWS_REGION=$(REGION) AWS_DEFAULT_REGION=$(REGION)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint check bench prices matrix locks clean
@@ -50,7 +52,7 @@ deploy: package deployers $(VENV)/.local  ## put a stage on AWS by Serverless: m
 deploy-cdk: package deployers $(VENV)/.cdk  ## the same by the CDK; a stage belongs to the deployer that made it
 	@$(AWS) $(DEPLOYERS)/cdk deploy --app "$(BIN)/python infra/cdk_app.py" --output dist/cdk --no-notices \
 	  --require-approval never --context stage=$(STAGE) || { \
-	  echo "Is the CDK new to this account in $(REGION)? $(DEPLOYERS)/cdk bootstrap aws://<account>/$(REGION)"; exit 1; }
+	  echo "If it says that the environment is not bootstrapped: $(DEPLOYERS)/cdk bootstrap aws://<account>/$(REGION)"; exit 1; }
 	@$(AWS) $(BIN)/python infra/stage.py show $(STAGE)
 
 secrets: $(VENV)/.local  ## give a stage the provider keys that .env and the environment have

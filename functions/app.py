@@ -88,7 +88,8 @@ def assemble(
         redoc_url=None,
         redirect_slashes=False,
     )
-    if settings.allowed_origins:
+    app.add_middleware(Envelope, offer=offer)
+    if settings.allowed_origins:  # the last one added is the outermost: a page may read whatever is answered
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
@@ -96,7 +97,6 @@ def assemble(
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
-    app.add_middleware(Envelope, offer=offer)  # the last one added is the outermost
     app.add_exception_handler(GatewayError, refuse)
     app.add_exception_handler(HTTPException, unrouted)
     app.include_router(health.router)

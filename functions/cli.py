@@ -137,7 +137,9 @@ def create_table(settings: Settings) -> JSON:
 
 
 def run_secrets(given: argparse.Namespace, settings: Settings) -> JSON:
-    """What the stage has afterwards, by name; the functions see a change within five minutes."""
+    """What the stage has afterwards, by name; the functions see a change within five minutes.
+
+    Nothing is put where there is no stack, be it for a slip in the name or the region."""
     from functions.stage import PEPPER, Stage, known_variables, worth_giving  # boto3 only where it is needed
 
     if given.stage is None:
@@ -148,10 +150,12 @@ def run_secrets(given: argparse.Namespace, settings: Settings) -> JSON:
         pushed = worth_giving(os.environ, known)
         if not pushed:
             raise ValueError("No provider's key is set: put them into .env, or use: secrets put OPENAI_API_KEY")
+        stage.described()
         stage.pepper()
     elif given.verb == "put":
         if given.name not in known:
             raise ValueError(f"{given.name}: no provider asks for it; gateway.toml may add one. Known: {sorted(known)}")
+        stage.described()
         secret = getpass.getpass(f"{given.name}: ") if sys.stdin.isatty() else sys.stdin.readline()
         if not secret.strip():
             raise ValueError(f"{given.name}: nothing was given.")
@@ -162,7 +166,8 @@ def run_secrets(given: argparse.Namespace, settings: Settings) -> JSON:
         stage.delete(given.name)
     for name, value in pushed.items():
         stage.put(name, value)
-    return {"stage": stage.name, "given": sorted(pushed), "secrets": sorted(stage.secrets())}
+    where = {"stage": stage.name, "region": stage.region}
+    return {**where, "given": sorted(pushed), "secrets": sorted(stage.secrets())}
 
 
 def staged(settings: Settings, stage: str | None) -> Settings:
@@ -171,8 +176,8 @@ def staged(settings: Settings, stage: str | None) -> Settings:
         from functions.stage import Stage
 
         there = Stage(stage)
-        settings = settings.model_copy(update={"table_name": there.outputs()["TableName"]})
-        return settings.model_copy(update={"lr_key_pepper": there.pepper()})
+        table = f"dynamodb://{there.outputs()['TableName']}?region={there.region}"
+        return settings.model_copy(update={"database_url": table, "table_name": None, "lr_key_pepper": there.pepper()})
     if settings.lr_key_pepper is None and settings.table_name:
         raise ValueError("LR_KEY_PEPPER: a table on AWS has its own; name its stage: python -m functions.cli --stage …")
     return settings.model_copy(update={"lr_key_pepper": settings.lr_key_pepper or local.pepper()})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import orjson
 from starlette.responses import Response
@@ -20,6 +22,8 @@ from shared.telemetry import logger
 
 LAST_WORDS = 5.0
 """Seconds past a request's own time in which its error event can still be read."""
+LONGEST_NAME, LONGEST_LIST = 64, 1000
+"""Characters of a dropped parameter's name, and bytes of all of them, in a header; the body has them whole."""
 HOLD = 10.0
 """Seconds of silence after which a comment goes out, and with the first one the headers."""
 
@@ -79,8 +83,19 @@ def answer_headers(exchange: Exchange, *, known: bool = True) -> dict[str, str]:
             "x-lightrail-attempts": str(len(exchange.attempts)),
         }
         if exchange.dropped:
-            headers["x-lightrail-dropped"] = ", ".join(exchange.dropped)
+            headers["x-lightrail-dropped"] = listed(exchange.dropped)
     return headers
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names that callers made up, fit for a header: percent-encoded, and cut where they are long or many."""
+    told = ""
+    for name in names:
+        quoted = quote(name[:LONGEST_NAME], safe="") + ("..." if len(name) > LONGEST_NAME else "")
+        if len(told) + len(quoted) > LONGEST_LIST:
+            return f"{told}, ..."
+        told += f", {quoted}" if told else quoted
+    return told
 
 
 class Events(Protocol):

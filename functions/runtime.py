@@ -208,7 +208,12 @@ async def serve(api: RuntimeAPI, handler: Handler, parallel: int) -> None:
 
     async def one_after_the_other() -> None:
         while True:
-            await handler(await api.next())
+            answering = asyncio.ensure_future(handler(await api.next()))
+            try:
+                await asyncio.shield(answering)
+            except asyncio.CancelledError:  # another one was refused an event: this ends what it is at
+                await answering
+                raise
 
     async with asyncio.TaskGroup() as group:
         for _ in range(parallel):

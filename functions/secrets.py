@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ RETRY = 5.0
 """Seconds between two tries to read them when they cannot be."""
 PATIENCE = 30.0
 """The same while the last good ones serve: each try may cost one caller seconds."""
+RUSH = 8.0
+"""Seconds for which a new environment, which has none yet, asks again where too many are asking at once."""
 NONE: Mapping[str, str] = {}
 
 
@@ -76,14 +79,26 @@ class Secrets:
     def _fetch(self) -> dict[str, str]:
         if self._client is None:
             self._client = connect()
+        patient_until = self._clock() + (RUSH if self._known is None else 0)
         found: dict[str, str] = {}
         more: dict[str, str] = {}
         while True:
-            page = self._client.get_parameters_by_path(Path=self._path, WithDecryption=True, **more)
+            page = self._page(patient_until, more)
             found |= {each["Name"].rpartition("/")[2]: each["Value"] for each in page["Parameters"]}
             if not page.get("NextToken"):
                 return found
             more = {"NextToken": page["NextToken"]}
+
+    def _page(self, patient_until: float, more: Mapping[str, str]) -> Any:
+        """An account may ask 40 times a second, and a burst of new environments is more: those wait for their turn."""
+        while True:
+            try:
+                return self._client.get_parameters_by_path(Path=self._path, WithDecryption=True, **more)
+            except self._client.exceptions.ClientError as refusal:
+                throttled = refusal.response["Error"]["Code"] == "ThrottlingException"
+                if not throttled or self._clock() >= patient_until:
+                    raise
+            time.sleep(random.uniform(0.2, 1.2))  # noqa: S311 apart from the others, which began in the same moment
 
 
 def connect() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs] it 
 from shared.config import Provider
 
 PEPPER = "LR_KEY_PEPPER"
+OUTPUTS = {"TableName", "BaseUrl", "AlarmTopicArn"}
 ELSEWHERE = ("PROXY_URL", "AI_PROXY_URL")
 """Taken along with the providers' variables."""
 LOOPBACK = ("//127.", "//localhost", "//[::1]")
@@ -24,6 +26,10 @@ class StageError(ValueError):
     """Something about the stage, or the way to it, is not as it must be; the message says what to do."""
 
 
+class NoStack(StageError):
+    """There is no stack of this name in this region: mistyped, elsewhere, not deployed yet or removed."""
+
+
 class Stage:
     """Raises StageError where AWS refuses or is not reached."""
 
@@ -31,19 +37,32 @@ class Stage:
         self.name = name
         self.stack = f"lightrail-{name}"
         self.path = f"/lightrail/{name}"
+        self._region = os.environ.get("AWS_REGION")  # as for other tools; boto3 reads AWS_DEFAULT_REGION alone
         self._clients: dict[str, Any] = {}
 
-    def outputs(self) -> dict[str, str]:
-        """`TableName`, `BaseUrl` and `AlarmTopicArn` of the deployed stack."""
+    def described(self) -> dict[str, Any]:
+        """Raises NoStack."""
         try:
             (stack,) = self.call("cloudformation", "describe_stacks", StackName=self.stack)["Stacks"]
         except StageError as error:
-            if "does not exist" not in str(error):
+            if f"{self.stack} does not exist" not in str(error):
                 raise
-            raise StageError(
-                f"No stack {self.stack} in {self.region}: `make deploy STAGE={self.name}` makes it."
+            raise NoStack(
+                f"No stack {self.stack} in {self.region}. Elsewhere? Add REGION=…;"
+                f" else: make deploy STAGE={self.name} REGION={self.region}"
             ) from None
-        return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+        return stack
+
+    def outputs(self) -> dict[str, str]:
+        """`TableName`, `BaseUrl` and `AlarmTopicArn` of the deployed stack; raises NoStack."""
+        stack = self.described()
+        outputs = {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+        if not outputs.keys() >= OUTPUTS:  # a first deployment failed: osls leaves its bucket, the CDK an empty stack
+            where = f"STAGE={self.name} REGION={self.region}"
+            raise StageError(
+                f"{self.stack} is not complete ({stack['StackStatus']}): deploy again, or: make remove {where}"
+            )
+        return outputs
 
     def pepper(self) -> str:
         """Made at first use; one that is there is never replaced, for that would end all keys."""
@@ -80,7 +99,7 @@ class Stage:
         if service not in self._clients:
             make: Any = boto3.client  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             try:
-                self._clients[service] = make(service)
+                self._clients[service] = make(service, region_name=self._region or None)
             except BotoCoreError as error:
                 raise StageError(f"AWS: {error}") from error
         return self._clients[service]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from shared.keys import time_ordered
 from shared.store.base import Hold, VirtualKey
 from shared.store.dynamodb import item_of
 
-FUNCTIONS = Path(__file__).with_name("functions.yml")
+FUNCTIONS, RESOURCES = (Path(__file__).with_name(name) for name in ("functions.yml", "resources.yml"))
 MONTH = 730 * 3600
 KB, GB = 1024, 1024**3
 
@@ -38,6 +40,8 @@ WRITE, READ = 0.625e-6, 0.125e-6  # a request unit, on demand
 STORED, RECOVERY = 0.25, 0.20  # a GB and month of table, and of its point-in-time recovery
 LOGGED = 0.50 / GB  # a byte
 SENT = 0.09 / GB  # a byte to the internet
+ALARM, METRIC, DASHBOARD = 0.10, 0.30, 3.00  # a month: a metric watched, a metric of our own, a dashboard
+FREE = "ten alarms, ten metrics and three dashboards"  # of an account, for ever
 VCPU_HOUR, GB_HOUR = 0.03238, 0.00356  # Fargate, arm64
 BALANCER_HOUR, ADDRESS_HOUR = 0.0225 + 0.008, 0.005  # with one unit of capacity; a public IPv4 address
 
@@ -47,12 +51,14 @@ MOST_OPEN = 1000  # of a key: functions/keyform.py
 KEY_OPEN = 100  # of a key, unless said otherwise
 CONCURRENCY = 1000  # environments, one for each open call; +1000 in 10 seconds
 EDGE_RATE = 10_000  # requests a second, and a burst of 5,000; in some regions 2,500
+SECRET_READS, SECRETS_A_READ = 40, 10  # a second, and each reads ten at most; 100 with high throughput enabled
 NEW_TABLE = 4000  # write units a second that a table takes before it has seen more; it doubles its peak in 30 minutes
 
 # A request, as measured here (tests/infra/test_capacity.py) or estimated.
 WRITES = 2  # of the key's item: admit, settle
 ROW_BYTES = 800  # a generation's record, once in the table and once in its index
 LOG_BYTES = 2000  # its log line, its metrics, and the platform's three lines
+SWEEP_METRICS = 3  # functions/sweep.py
 OVERHEAD = 0.1  # seconds before and after the provider's
 
 # The sweep, in seconds of a whole processor, which comes with so much memory; measured here, rounded up for Lambda's.
@@ -101,10 +107,14 @@ class Load:
             f"{KEY_OPEN} open calls of a key (its limit unless said otherwise)": self.keys * KEY_OPEN / length,
             f"{ITEM_WRITES} write units a second of a key's item": self.keys * key_ceiling(self.seconds),
             f"{CONCURRENCY} environments of Lambda": CONCURRENCY / length,
-            f"{NEW_TABLE} write units a second of a new table": NEW_TABLE / self.written,
+            f"{NEW_TABLE} write units a second of a new table": self.table_ceiling(),
             f"{EDGE_RATE} requests a second at API Gateway": EDGE_RATE,
             "the sweep's time, if it is to check all books each hour": books_rate(),
         }
+
+    def table_ceiling(self) -> int:
+        """The most calls a second, of this length and by as many keys, that a new table takes."""
+        return most(NEW_TABLE, lambda rate: replace(self, rate=rate).written)
 
     def break_even(self) -> float:
         """Calls a second, around the clock, above which the smallest dependable container is cheaper.
@@ -149,7 +159,12 @@ def units(size: float) -> int:
 
 def key_ceiling(seconds: float) -> int:
     """The most calls a second that one key's item takes; it grows with what is open, so long calls allow fewer."""
-    return max(rate for rate in range(1, ITEM_WRITES) if rate * Load(rate, seconds).units <= ITEM_WRITES)
+    return most(ITEM_WRITES, lambda rate: Load(rate, seconds).units)
+
+
+def most(limit: int, units_at: Callable[[int], int]) -> int:
+    """The most calls a second within a limit of write units; the more there are, the larger the items they write."""
+    return bisect_right(range(1, limit + 1), limit, key=lambda rate: rate * units_at(rate))
 
 
 def books_rate() -> float:
@@ -158,19 +173,37 @@ def books_rate() -> float:
     return facts["timeout"] / 600 * min(1.0, memory_of("sweep") / PROCESSOR) / (ROW_READ * READS)
 
 
+def starts(secrets: int) -> float:
+    """New environments a second that can read their secrets: a burst after quiet makes one for each of its calls."""
+    return SECRET_READS / math.ceil(secrets / SECRETS_A_READ)
+
+
 def container() -> float:
     """US dollars a month: two tasks of half a processor and 1 GB, a balancer, an address for each and its two."""
     return MONTH / 3600 * (2 * (0.5 * VCPU_HOUR + GB_HOUR) + BALANCER_HOUR + 4 * ADDRESS_HOUR)
 
 
 def idle(stored: float) -> dict[str, float]:
-    """US dollars a month of a stage that nobody calls; `stored` is in GB."""
+    """US dollars a month of a stage that nobody calls, but for what `watching` is; `stored` is in GB."""
     runs, memory = MONTH / 600, memory_of("sweep")
     length = OVERHEAD + IDLE_RUN * max(1.0, PROCESSOR / memory)
     return {
         "table and its recovery": stored * (STORED + RECOVERY),
         "sweep, every ten minutes": runs * (INVOCATION + GB_SECOND * memory * length + 10 * READ),
         "packages and logs": 0.01,
+    }
+
+
+def watching() -> dict[str, float]:
+    """US dollars a month for watching it, where the account's free tier is used up by others."""
+    resources = yaml.safe_load(RESOURCES.read_text("utf-8"))["Resources"].values()
+    alarms = [each["Properties"] for each in resources if each["Type"] == "AWS::CloudWatch::Alarm"]
+    watched = sum(sum("MetricStat" in each for each in alarm.get("Metrics", ())) or 1 for alarm in alarms)
+    dashboards = sum(each["Type"] == "AWS::CloudWatch::Dashboard" for each in resources)
+    return {
+        f"alarms, which watch {watched} metrics": ALARM * watched,
+        f"{SWEEP_METRICS} metrics of the sweep's own": METRIC * SWEEP_METRICS,
+        "dashboard": DASHBOARD * dashboards,
     }
 
 
@@ -194,7 +227,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def told(load: Load, stored: float) -> str:
+def told(load: Load, stored: float, secrets: int) -> str:
     costs = load.costs()
     lines = [f"{load.rate:g} calls/s of {load.seconds:g} s by {load.keys} key(s): {load.open:.0f} open at a time", ""]
     lines += ["US dollars per 1,000 calls, without the provider's own price"]
@@ -204,11 +237,17 @@ def told(load: Load, stored: float) -> str:
     lines += ["Where limits bite, in calls/s"]
     for what, most in sorted(load.limits().items(), key=lambda limit: limit[1]):
         lines.append(f"  {most:8.1f}  {what}{'   <- this load is above' if most < load.rate else ''}")
+    lines += ["", "Where limits bite in a burst, in new environments a second"]
+    lines += [
+        f"  {starts(secrets):8.1f}  {SECRET_READS} reads of secrets a second; who must wait does so for some seconds"
+    ]
     even = load.break_even()
     lines += ["", f"A container (two small tasks and a balancer: {container():.0f} a month) is cheaper above"]
     lines += [f"  {even:8.2f}  such calls/s around the clock, {replace(load, rate=even).open:.1f} open on average", ""]
-    lines += [f"Idle, US dollars a month with {stored:g} GB stored, free tiers not counted"]
+    lines += [f"Idle, US dollars a month with {stored:g} GB stored"]
     lines += [f"  {cost:8.4f}  {what}" for what, cost in idle(stored).items()]
+    lines += [f"and free within the account's free tier of {FREE}, else"]
+    lines += [f"  {cost:8.4f}  {what}" for what, cost in watching().items()]
     return "\n".join(lines)
 
 
@@ -218,11 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--seconds", type=float, default=10, help="how long each takes")
     options.add_argument("--keys", type=int, default=1, help="how many keys share them")
     options.add_argument("--kilobytes", type=float, default=100, help="of each answer")
+    options.add_argument("--secrets", type=int, default=5, help="how many the stage has: provider keys and the pepper")
     options.add_argument("--stored", type=float, default=1, help="GB in the table")
     options.add_argument("--table", action="store_true", help="the table in CAPACITY.md")
     given = options.parse_args(arguments)
     load = Load(given.rate, given.seconds, given.keys, given.kilobytes * KB, memory_of("stream"))
-    print(table() if given.table else told(load, given.stored))
+    print(table() if given.table else told(load, given.stored, given.secrets))
     return 0
 
 

@@ -311,7 +311,7 @@ class Exchange:
             "routing": self.routing.told(self.key) if self.routing else None,
             "provider_health": "healthy" if self.kept else _health(self.attempts),
             "cached": self.kept is not None,
-            "dropped": list(self.dropped),
+            "dropped": [name[:100] for name in self.dropped[:100]],  # made up by callers, and an item has its limit
             "user": self.call.body.get("user"),
             "error": {"code": self.error.code, "message": self.error.message} if self.error else None,
         }

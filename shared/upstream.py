@@ -261,6 +261,8 @@ class Timer:
         self._due = inf
 
     async def __aenter__(self) -> Timer:
+        if self._deadline <= self._loop.time():
+            raise ProviderError("total_timeout", "There was no time left to ask the provider.")
         task = asyncio.current_task()
         assert task is not None
         self._task, self._cancelling = task, task.cancelling()

@@ -35,6 +35,7 @@ PRELUDE = {"statusCode": int, "headers": dict, "multiValueHeaders": dict, "cooki
 ERROR_TYPE, ERROR_BODY = "lambda-runtime-function-error-type", "lambda-runtime-function-error-body"
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:lightrail-test-stream"
 REQUEST = re.compile(r"(GET|POST) (/\S+) HTTP/1\.1")
+FORBIDDEN = re.compile(r"[\r\n\0]")  # in no header: https://www.rfc-editor.org/rfc/rfc9110#section-5.5
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}\r\n")
 
 
@@ -117,7 +118,7 @@ class RuntimeAPI:
         self.waiting = 0
         self._snapshot_taken = asyncio.Event()
         self._restored = asyncio.Event()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
@@ -143,6 +144,10 @@ class RuntimeAPI:
         self.events[made.id] = made
         self._queue.put_nowait(made)
         return made
+
+    def refuse(self) -> None:
+        """Refuse whoever waits for an event, as in a bad moment; it is among the `violations`, too."""
+        self._queue.put_nowait(None)
 
     async def snapshot_taken(self) -> None:
         await self._snapshot_taken.wait()
@@ -237,6 +242,8 @@ class RuntimeAPI:
             event = await self._queue.get()
         finally:
             self.waiting -= 1
+        if event is None:
+            raise RefusedError(500, "the platform has a bad moment")
         event.taken_at = time.monotonic()
         headers = {
             "Lambda-Runtime-Aws-Request-Id": event.id,
@@ -380,6 +387,6 @@ def checked_prelude(text: bytes) -> Any:
         strings += [value for values in prelude.get("multiValueHeaders", {}).values() for value in values]
     except (ValueError, KeyError, AttributeError):
         fits, prelude, strings = False, None, []
-    if not fits or not all(isinstance(value, str) for value in strings):
+    if not fits or not all(isinstance(value, str) and not FORBIDDEN.search(value) for value in strings):
         raise RefusedError(400, f"prelude {text!r}")
     return prelude

@@ -15,7 +15,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from tests.functions.doors import MODEL, Door, opened, refusal
-from tests.server import ADMIN_KEY
+from tests.server import ADMIN_KEY, PROVIDER_KEY
 from tests.upstream import Upstream, answer, echo, error, sleep, stream
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -239,6 +239,35 @@ async def test_time_spent_upstream_is_told_apart_from_our_own(door: Door, provid
     gateway, upstream = (float(each) for each in re.findall(r"dur=([\d.]+)", timing))
     assert gateway < 250
     assert 300 <= upstream < 1500
+
+
+MANY = [f"unknown_{number:04}" for number in range(1000)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["seed", "x\r\nset-cookie: a=b"], "seed, x%0D%0Aset-cookie%3A%20a%3Db"),
+        (["é☃"], "%C3%A9%E2%98%83"),
+        (["a" * 300_000, "b"], "a" * 64 + "..., b"),
+        (MANY, ", ".join(MANY[:71]) + ", ..."),
+    ],
+    ids=["line-ends", "letters", "long", "many"],
+)
+async def test_what_was_dropped_is_told_in_a_header_whatever_it_is_called(
+    tmp_path: Path, provider: Upstream, names: list[str], told: str, stream: bool
+) -> None:
+    row = f"[providers.lab]\nbase_url = '{provider.url}'\ndrops = {json.dumps(names)}\n"
+    (tmp_path / "gateway.toml").write_text(row, "utf-8")
+    async with opened(tmp_path, provider.url, LAB_API_KEY=PROVIDER_KEY) as door:
+        answer = await door.chat(model="lab/llama", stream=stream, **dict.fromkeys(names, 1))
+        assert answer.status_code == 200
+        assert answer.headers["x-lightrail-dropped"] == told
+        body = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
+        assert body["lightrail"]["dropped"] == sorted(names)
+        record = await door.ask("GET", f"/v1/generation?id={body['id']}")
+        assert len(record.content) < 20_000, "a record is to fit into the table"
 
 
 async def test_limits_left_are_told_as_openai_tells_them(door: Door) -> None:

@@ -48,12 +48,15 @@ def clock() -> Clock:
 
 
 class ParameterStore:
-    """SSM, as moto plays it. `calls` is what was asked; while `down`, nothing is answered."""
+    """SSM, as moto plays it. `calls` is what was asked; while `down`, nothing is answered, nor so many times where it
+    is `throttled`, each of which takes the `clock` five seconds."""
 
     def __init__(self) -> None:
         self.client: Any = boto3.client("ssm", region_name="us-east-1")
         self.calls: list[str] = []
         self.down = False
+        self.throttled = 0
+        self.clock: Clock | None = None
 
     def put(self, **secrets: str) -> None:
         for name, value in secrets.items():
@@ -74,6 +77,11 @@ def ssm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ParameterStore]:
                 store.calls.append(arguments.get("NextToken") or arguments["Path"])
                 if store.down:
                     raise botocore.client.ClientError({"Error": {"Code": "InternalServerError"}}, operation)
+                if store.throttled:
+                    store.throttled -= 1
+                    if store.clock:
+                        store.clock.now += 5
+                    raise botocore.client.ClientError({"Error": {"Code": "ThrottlingException"}}, operation)
             return answer(self, operation, arguments)
 
         monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", noted)
@@ -166,6 +174,28 @@ async def test_who_has_secrets_does_not_wait_for_new_ones(
     assert await first == PRESENT
 
 
+async def test_a_new_environment_waits_for_its_turn_in_a_burst(ssm: ParameterStore, clock: Clock):
+    ssm.put(**PRESENT)
+    ssm.throttled, ssm.clock = 1, clock
+    assert await Secrets(PATH, clock).current() == PRESENT
+    assert len(ssm.calls) == 2
+
+
+async def test_but_for_seconds_only_and_not_where_it_has_some(ssm: ParameterStore, clock: Clock):
+    ssm.put(**PRESENT)
+    ssm.throttled, ssm.clock = 2, clock
+    with pytest.raises(StoreUnavailable):
+        await Secrets(PATH, clock).current()
+    assert len(ssm.calls) == 2
+
+    secrets = Secrets(PATH, clock)
+    assert await secrets.current() == PRESENT
+    clock.now += TTL
+    ssm.throttled = 1
+    assert await secrets.current() == PRESENT
+    assert len(ssm.calls) == 4
+
+
 async def test_while_there_never_were_any_it_is_a_503(ssm: ParameterStore, clock: Clock):
     ssm.down = True
     secrets = Secrets(PATH, clock)
@@ -184,9 +214,14 @@ async def test_while_there_never_were_any_it_is_a_503(ssm: ParameterStore, clock
 @asynccontextmanager
 async def asked(current: Current) -> AsyncIterator[httpx.AsyncClient]:
     app = assemble(current.settings, current)
+    app.add_api_route("/crash", crash)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gw", trust_env=False) as client:
         yield client
     await current.close()
+
+
+async def crash() -> None:
+    raise RuntimeError
 
 
 def environ(folder: Path, **more: str) -> dict[str, str]:
@@ -234,6 +269,21 @@ async def test_callers_are_told_503_until_the_secrets_are_there(ssm: ParameterSt
         ssm.put(**PRESENT)
         clock.now += RETRY
         assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_page_of_a_set_origin_can_read_that_too(ssm: ParameterStore, clock: Clock, tmp_path: Path):
+    origin = {"origin": "https://page.example"}
+    async with asked(Current(environ(tmp_path, CORS_ORIGINS=origin["origin"]), clock)) as client:
+        preflight = await client.options("/v1/models", headers={**origin, "access-control-request-method": "GET"})
+        assert (preflight.status_code, ssm.calls) == (200, [])
+        for status in (503, 500):
+            answer = await client.get("/crash", headers=origin)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin["origin"]
+            assert "retry-after" in answer.headers["access-control-expose-headers"]
+            assert answer.headers["x-request-id"].startswith("req-")
+            ssm.put(**PRESENT)
+            clock.now += RETRY
 
 
 async def test_a_change_for_the_worse_is_logged_and_not_followed(

@@ -283,6 +283,19 @@ async def test_a_whole_answer_is_a_504_before_the_platform_cuts_it(cloud: Cloud,
     assert (row.doc["status"], row.doc["error"]["code"], row.cost) == ("failed", "upstream_timeout", 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_where_no_time_is_left_the_provider_is_not_asked(cloud: Cloud, provider: Upstream, stream: bool):
+    spent = await cloud.spent()
+    event = cloud.chat(stream=stream, seconds=MARGIN - 0.1)
+    await over(event)
+    await cloud.idle()
+    assert event.prelude["statusCode"] == 504
+    assert json.loads(event.body)["error"]["code"] == "upstream_timeout"
+    assert provider.seen == []
+    assert (await cloud.row(event)).doc["status"] == "failed"
+    assert await cloud.spent() == spent
+
+
 async def test_a_caller_who_does_not_read_does_not_keep_an_answer_from_its_record(cloud: Cloud, provider: Upstream):
     flood = [piece("x" * 65536)] * 400
     provider.next(fake.stream(*flood, end=False))
@@ -568,7 +581,7 @@ async def test_cookies_repeated_headers_and_binary_bodies_go_both_ways():
         (b"set-cookie", b"b=2, c"),
         (b"x-many", b"1"),
         (b"x-many", b"2"),
-        (b"x-latin", "é\0".encode("latin-1")),
+        (b"x-latin", "é".encode("latin-1")),
     ]
     noise = bytes(range(256)) * 9
 
@@ -587,7 +600,7 @@ async def test_cookies_repeated_headers_and_binary_bodies_go_both_ways():
     for event in (rest, url):
         assert event.prelude == {
             "statusCode": 201,
-            "headers": {"content-type": "audio/mpeg", "x-many": "1, 2", "x-latin": "é\0"},
+            "headers": {"content-type": "audio/mpeg", "x-many": "1, 2", "x-latin": "é"},
             "cookies": ["a=1; Path=/", "b=2, c"],
         }
         assert event.body == bytes(20) + noise
@@ -676,6 +689,27 @@ async def test_without_a_platform_the_loop_ends():
         await runtime.serve(client, Handler(client, saying(), current), 1)
 
 
+async def test_an_answer_under_way_is_whole_though_the_platform_refuses_one_more_event():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(5):
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0.1)
+        await send({"type": "http.response.body", "body": b"end"})
+
+    async with RuntimeAPI(parallel=2) as api:
+        client, current = runtime.RuntimeAPI(api.address), Current({"DATABASE_URL": "sqlite:///never-opened.db"})
+        loop = asyncio.ensure_future(runtime.serve(client, Handler(client, app, current, alone=False), 2))
+        await until(lambda: api.waiting == 2)
+        event = api.invoke(get())
+        await until(lambda: event.chunks != [])
+        api.refuse()
+        with pytest.RaisesGroup(runtime.RefusedError):
+            await loop
+    assert event.body == b"xxxxxend"
+    assert not event.truncated
+
+
 # The strict Runtime API itself ----------------------------------------------------------------------------------------
 
 TYPE = "Content-Type: application/vnd.awslambda.http-integration-response"
@@ -715,6 +749,8 @@ async def post(api: RuntimeAPI, path: str, headers: tuple[str, ...], body: bytes
         (GOOD, fake.framed(b"{}" + bytes(7) + b"x") + END, 400),
         (GOOD, fake.framed(b'{"status":200}' + bytes(8)) + END, 400),
         (GOOD, fake.framed(b'{"headers":{"a":1}}' + bytes(8)) + END, 400),
+        (GOOD, fake.framed(b'{"headers":{"a":"b\\r\\nc: d"}}' + bytes(8)) + END, 400),
+        (GOOD, fake.framed(b'{"cookies":["a\\u0000"]}' + bytes(8)) + END, 400),
         (GOOD, fake.framed(b'{"headers":{"a":"%b"}}' % (b"x" * 16384) + bytes(8)) + END, 400),
         (GOOD, b"{}" + bytes(8) + b"\r\n", 400),
         ((TYPE, MODE, CHUNKED), BODY + FAULT_TRAILERS, 400),
@@ -722,7 +758,21 @@ async def post(api: RuntimeAPI, path: str, headers: tuple[str, ...], body: bytes
         (GOOD, BODY + b"0\r\nLambda-Runtime-Function-Error-Type: Runtime.X\r\n\r\n", 400),
     ],
     ids=(
-        *("good", "trailers", "type", "no-mode", "mode", "length", "no-nuls", "7-nuls", "prelude", "header", "large"),
+        *(
+            "good",
+            "trailers",
+            "type",
+            "no-mode",
+            "mode",
+            "length",
+            "no-nuls",
+            "7-nuls",
+            "prelude",
+            "header",
+            "lines",
+            "nul",
+            "large",
+        ),
         *("bare", "undeclared", "other", "half"),
     ),
 )

@@ -57,12 +57,37 @@ def test_longer_calls_leave_a_key_fewer() -> None:
         assert most * Load(most, seconds).units <= 1000 < (most + 1) * Load(most + 1, seconds).units
 
 
+def test_what_a_new_table_takes_does_not_depend_on_the_rate_that_is_asked_about() -> None:
+    loads = [Load(rate, 10, keys=10) for rate in (0.1, 1, 100, 1000)]
+    assert len({load.table_ceiling() for load in loads}) == 1
+    ceiling = loads[0].table_ceiling()
+    assert ceiling * Load(ceiling, 10, keys=10).written <= 4000 < (ceiling + 1) * Load(ceiling + 1, 10, keys=10).written
+
+
 def test_the_document_says_how_much_the_sweep_keeps_up_with() -> None:
     told = f"about {capacity.books_rate() // 100 * 100:,.0f} calls a second, of all keys together"
     assert told in (ROOT / "infra/CAPACITY.md").read_text()
     assert capacity.READS == 8, "as the document says"
 
 
+def test_a_burst_reads_secrets_page_by_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [capacity.starts(secrets) for secrets in (1, 10, 11, 30)] == [40, 40, 20, pytest.approx(40 / 3)]
+    assert capacity.main(["--secrets", "11"]) == 0
+    assert "20.0  40 reads of secrets a second" in capsys.readouterr().out
+    assert "**Secrets: 40 new environments a second,** 20 where" in (ROOT / "infra/CAPACITY.md").read_text()
+
+
 def test_nobody_calling_costs_storage_and_cents() -> None:
-    cost = capacity.idle(stored=0)
-    assert sum(cost.values()) < 0.10
+    assert sum(capacity.idle(stored=0).values()) < 0.10
+
+
+def test_what_watches_an_idle_stage_is_told_with_what_it_costs_beyond_the_free_tier(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert capacity.main([]) == 0
+    idle = capsys.readouterr().out.partition("Idle, ")[2]
+    free = idle.partition(
+        "free within the account's free tier of ten alarms, ten metrics and three dashboards, else\n"
+    )[2]
+    assert [line.split()[0] for line in free.splitlines()] == ["0.9000", "0.9000", "3.0000"]
+    assert list(capacity.watching().values()) == [pytest.approx(0.9), pytest.approx(0.9), 3.0]

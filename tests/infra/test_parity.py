@@ -284,7 +284,7 @@ def test_variables_are_settings_and_no_secrets(functions: JSON) -> None:
 
 def test_the_table_outlives_the_stack(resources: JSON) -> None:
     table = resources["Resources"]["Table"]
-    assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("Retain", "Retain")
+    assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("RetainExceptOnCreate", "Retain")
     properties = table["Properties"]
     assert properties["SSESpecification"] == {"SSEEnabled": True}
     assert properties["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}

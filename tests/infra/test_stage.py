@@ -12,6 +12,8 @@ import asyncio
 import io
 import json
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any
 import boto3
 import httpx
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
 from moto import mock_aws
 from openai import AsyncOpenAI
 
@@ -32,7 +36,7 @@ from shared.store import open_store
 from shared.store.base import VirtualKey
 from shared.store.dynamodb import create_table_at
 from tests.apigateway import APIGateway, Route, written
-from tests.infra.conftest import REGION, STAGE
+from tests.infra.conftest import REGION, STAGE, done
 from tests.runtime_api import RuntimeAPI
 from tests.server import PROVIDER_KEY, ROOT
 from tests.upstream import Upstream
@@ -85,6 +89,7 @@ def deployed(aws: None, template: JSON, scratch: Path) -> JSON:
     s3.put_object(Bucket=bucket, Key=code[0]["S3Key"], Body=(scratch / "dist/lightrail.zip").read_bytes())
     outputs = {key: {"Value": output["Value"]} for key, output in template["Outputs"].items()}
     body = json.dumps(template | {"Outputs": outputs})  # moto stumbles over exports that come with an update
+    body = body.replace('"RetainExceptOnCreate"', '"Retain"')  # which it takes for "Delete"
     put_up(StackName=name, TemplateBody=body, Capabilities=capabilities)
     return template
 
@@ -248,7 +253,16 @@ def test_from_deployed_to_a_first_key_and_away(deployed: JSON, capsys: pytest.Ca
     assert boto3.client("lambda").list_functions()["Functions"] == []
     assert identified(table, values["LR_KEY_PEPPER"], admin["key"]).name == "admin"
     assert stages.main(["remove", STAGE, "--everything"]) == 0, "what the first removal kept goes with the second"
-    assert ssm.get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"] == []
+    said = capsys.readouterr().out
+    assert f"No stack lightrail-{STAGE} in {REGION}; deleted 2 secrets" in said
+    assert "a kept table, if any, stays" in said
+    assert given_secrets() == []
+    assert boto3.client("dynamodb").list_tables()["TableNames"] == [table]
+
+
+def given_secrets() -> list[str]:
+    found = boto3.client("ssm").get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"]
+    return sorted(each["Name"].rpartition("/")[2] for each in found)
 
 
 def identified(table: str, pepper: str, key: str) -> VirtualKey:
@@ -266,23 +280,72 @@ def identified(table: str, pepper: str, key: str) -> VirtualKey:
 def test_everything_goes_where_asked(deployed: JSON, capsys: pytest.CaptureFixture[str]) -> None:
     asked(capsys, "secrets", "push")
     assert stages.main(["remove", STAGE, "--everything"]) == 0
+    assert f"lightrail-{STAGE} is gone" in capsys.readouterr().out
     assert boto3.client("dynamodb").list_tables()["TableNames"] == []
-    assert boto3.client("ssm").get_parameters_by_path(Path=f"/lightrail/{STAGE}")["Parameters"] == []
+    assert given_secrets() == []
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_gone(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(capsys, "secrets", "push")
+    call = BaseClient._make_api_call
+
+    def refusing(client: Any, operation: str, arguments: JSON) -> Any:
+        if operation == "DescribeStacks":
+            message = "User is not authorized to perform: cloudformation:DescribeStacks"
+            raise ClientError({"Error": {"Code": "AccessDenied", "Message": message}}, operation)
+        return call(client, operation, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseClient, "_make_api_call", refusing)
+        assert stages.main(["remove", STAGE, "--everything"]) == 1
+    assert "not authorized" in capsys.readouterr().err
+    assert given_secrets() == ["LR_KEY_PEPPER", "OPENAI_API_KEY"], "its keys are still good"
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["remove"], ["remove", "--everything"]])
+def test_a_stage_that_is_not_there_is_not_said_to_be_gone(
+    aws: None, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    verb, *options = arguments
+    assert stages.main([verb, "dve", *options]) == 1
+    assert f"No stack lightrail-dve in {REGION}. Elsewhere? Add REGION=…" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("everything", [[], ["--everything"]])
+def test_a_first_deployment_that_failed_is_told_and_taken_down(
+    aws: None, capsys: pytest.CaptureFixture[str], everything: list[str]
+) -> None:
+    cloudformation, name = boto3.client("cloudformation"), f"lightrail-{STAGE}"
+    bucket = {"Resources": {"Bucket": {"Type": "AWS::S3::Bucket"}}}  # what osls leaves
+    cloudformation.create_stack(StackName=name, TemplateBody=json.dumps(bucket))
+    boto3.client("ssm").put_parameter(Name=f"/lightrail/{STAGE}/OPENAI_API_KEY", Value="x", Type="SecureString")
+    told = f"{name} is not complete (CREATE_COMPLETE): deploy again, or: make remove STAGE={STAGE} REGION={REGION}"
+    assert stages.main(["show", STAGE]) == 1
+    assert told in capsys.readouterr().err
+    assert cli.main(["--stage", STAGE, "keys", "create", "--name", "admin"]) == 1
+    assert told in capsys.readouterr().err
+
+    assert stages.main(["remove", STAGE, *everything]) == 0
+    assert "is gone" in capsys.readouterr().out
+    assert given_secrets() == ([] if everything else ["OPENAI_API_KEY"])
+    assert cloudformation.describe_stacks()["Stacks"] == []
 
 
 def test_one_secret_is_read_from_standard_input(
-    aws: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("gsk-of-the-tests\n"))
     answer = asked(capsys, "secrets", "put", "GROQ_API_KEY")
-    assert answer == {"stage": STAGE, "given": ["GROQ_API_KEY"], "secrets": ["GROQ_API_KEY"]}
+    assert answer == {"stage": STAGE, "region": REGION, "given": ["GROQ_API_KEY"], "secrets": ["GROQ_API_KEY"]}
     assert asked(capsys, "secrets", "delete", "GROQ_API_KEY")["secrets"] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--stage", STAGE, "keys", "list"], f"`make deploy STAGE={STAGE}` makes it"),
+        (["--stage", STAGE, "keys", "list"], f"make deploy STAGE={STAGE} REGION={REGION}"),
         (["--stage", STAGE, "secrets", "put", "STRIPE_API_KEY"], "no provider asks for it"),
         (["--stage", STAGE, "secrets", "delete", "LR_KEY_PEPPER"], "every virtual key depends on it"),
         (["secrets", "list"], "--stage dev"),
@@ -291,6 +354,55 @@ def test_one_secret_is_read_from_standard_input(
 def test_a_slip_is_told(aws: None, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert cli.main(arguments) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["push"], ["put", "GROQ_API_KEY"]])
+def test_secrets_are_given_to_no_stage_that_is_not_there(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("gsk-of-the-tests\n"))
+    for stage, region in (("dve", REGION), (STAGE, "us-east-1")):
+        monkeypatch.setenv("AWS_REGION", region)
+        assert cli.main(["--stage", stage, "secrets", *arguments]) == 1
+        assert f"No stack lightrail-{stage} in {region}. Elsewhere?" in capsys.readouterr().err
+        parameters = boto3.client("ssm", region_name=region).describe_parameters()["Parameters"]
+        assert not [each["Name"] for each in parameters if each["Name"].startswith("/lightrail/")]
+
+
+def test_the_region_is_aws_region_before_botos_own_variable(
+    deployed: JSON, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REGION", REGION)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    assert asked(capsys, "secrets", "list")["region"] == REGION
+    assert asked(capsys, "keys", "create", "--name", "ada")["name"] == "ada"
+    assert [key["name"] for key in asked(capsys, "keys", "list")] == ["ada"]
+    assert stages.main(["remove", STAGE]) == 0
+    assert f"--region {REGION}" in capsys.readouterr().out
+
+
+MAKE = pytest.mark.skipif(not shutil.which("make"), reason="no make")
+
+
+@MAKE
+@pytest.mark.parametrize(
+    ("environ", "given", "region"),
+    [
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, [], "eu-west-1"),
+        ({"AWS_DEFAULT_REGION": "eu-west-2"}, [], "eu-west-2"),
+        ({"AWS_PROFILE": "work"}, [], "eu-west-3"),
+        ({"AWS_PROFILE": "work"}, ["REGION=eu-north-1"], "eu-north-1"),
+        ({}, [], "us-east-1"),
+    ],
+)
+def test_make_takes_the_region_that_is_said_or_else_the_profiles(
+    environ: dict[str, str], given: list[str], region: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text("[profile work]\nregion = eu-west-3\n")
+    python = Path(sys.executable).parent
+    config = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_EC2_METADATA_DISABLED": "true"}
+    said = done(["make", "--dry-run", "admin-key", f"BIN={python}", *given], ROOT, **config, **environ)
+    assert f"AWS_REGION={region} AWS_DEFAULT_REGION={region} " in said
 
 
 def test_a_table_on_aws_never_gets_this_machines_pepper(

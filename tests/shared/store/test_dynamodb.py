@@ -259,7 +259,7 @@ def test_a_table_that_cannot_be_made_is_a_store_fault():
 
 def test_the_table_outlives_its_stack_and_costs_nothing_idle():
     table = yaml.safe_load(RESOURCES.read_text())["Resources"]["Table"]
-    assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("Retain", "Retain")
+    assert (table["DeletionPolicy"], table["UpdateReplacePolicy"]) == ("RetainExceptOnCreate", "Retain")
     properties = table["Properties"]
     assert properties["BillingMode"] == "PAY_PER_REQUEST"
     assert properties["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}
