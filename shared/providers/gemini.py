@@ -101,7 +101,7 @@ class GeminiDialect:
             message.setdefault("content", None if "tool_calls" in message else "")
             finish = _finish(candidate, candidate["finishReason"], called="tool_calls" in message)
             choices.append(
-                {"index": candidate.get("index", place), "message": message, **_logprobs(candidate), **finish}
+                {"index": answers.place_of(candidate, place), "message": message, **_logprobs(candidate), **finish}
             )
         choices = choices or [{**choice, "message": {"content": None}} for choice in _blocked(call, body)]
         if not choices:
@@ -116,7 +116,7 @@ class GeminiDialect:
                 raise refusals.in_answer(data)
             choices: list[JSON] = []
             for candidate in data.get("candidates") or ():
-                index, delta = candidate.get("index", 0), _message(candidate)
+                index, delta = answers.place_of(candidate, 0), _message(candidate)
                 if calls := delta.get("tool_calls"):
                     first = called.get(index, 0)
                     called[index] = first + len(calls)
