@@ -331,6 +331,9 @@ SHAPES: Mapping[Surface, type[Shape]] = {
 OURS = frozenset({"models", "provider", "cache", "session_id", "strict"})
 """Our extensions of the request: never forwarded, but for what a provider's row `keeps`."""
 
+FORMAT_AND_TOOLS = "response_format with tools"
+"""Some take either, but not both at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -401,7 +404,7 @@ class Call:
         if (body.get("modalities") or ["text"]) != ["text"]:
             found.add("modalities")
         if (form := _inner(body, "response_format").get("type")) not in (None, "text"):
-            found |= {"response_format", form}
+            found |= {"response_format", form, FORMAT_AND_TOOLS} if "tools" in found else {"response_format", form}
         if body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict):
             found.add("tool_choice")
         for message in body["messages"]:

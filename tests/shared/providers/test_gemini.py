@@ -237,6 +237,13 @@ def test_answers_in_json() -> None:
     assert config(response_format=form) == wanted
 
 
+def test_only_newer_models_take_json_and_tools_at_once() -> None:
+    both = ask(tools=TOOLS, response_format={"type": "json_object"})
+    for model, taken in (("gemini-2.0-flash", False), ("gemini-2.5-pro", False), ("gemini-3.5-flash", True)):
+        assert both.features.isdisjoint(at(model).provider.refused(model)) is taken
+        assert sent(both, at(model))["tools"]  # where nobody else can be asked, it says so itself
+
+
 @pytest.mark.parametrize(
     ("model", "asked", "wanted"),
     [
