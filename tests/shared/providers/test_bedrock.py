@@ -285,6 +285,10 @@ def test_a_schema_for_the_answer() -> None:
     assert (definition["name"], definition["description"]) == ("x", "d")
     assert json.loads(definition["schema"]) == schema
     assert "outputConfig" not in sent(ask(response_format={"type": "text"}))
+    form["json_schema"]["schema"] = {"type": "string", "maxLength": 9}
+    told = sent(ask(response_format=form))["outputConfig"]["textFormat"]
+    assert json.loads(told["structure"]["jsonSchema"]["schema"]) == {"type": "string", "description": "{maxLength: 9}"}
+    assert dropped(ask(response_format=form)) == ("response_format.json_schema.maxLength",)
 
 
 def test_tools_and_which_to_choose() -> None:
@@ -320,6 +324,8 @@ def test_strict_tools() -> None:
     assert sent(ask(tools=[strict]))["toolConfig"]["tools"][0]["toolSpec"]["strict"] is True
     assert "strict" not in sent(ask(tools=[strict]), NOVA)["toolConfig"]["tools"][0]["toolSpec"]
     assert dropped(ask(tools=[strict]), NOVA) == ("tools.strict",)
+    strict["function"]["parameters"] = {"properties": {"at": {"type": "string", "minLength": 1}}}
+    assert dropped(ask(tools=[strict])) == ("tools.parameters.minLength",)
     with pytest.raises(UnsupportedParameter):
         DIALECT.request(ask(tools=[strict], strict=True), NOVA, None)
 
