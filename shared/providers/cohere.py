@@ -144,7 +144,8 @@ def _thinking(parameters: Parameters, to: Deployment, max_tokens: int | None) ->
 
 
 def _tools(parameters: Parameters, to: Deployment) -> JSON:
-    """https://docs.cohere.com/docs/tool-use: strictness is one switch for all tools, so one strict tool turns it on."""
+    """https://docs.cohere.com/docs/structured-outputs: strictness is one switch for all tools, so one strict tool turns
+    it on, where all can be: "Tools with only optional parameters are not supported in this mode"."""
     tools: list[JSON] = parameters.take("tools") or []
     choice: str | JSON | None = parameters.take("tool_choice")
     if isinstance(choice, dict):
@@ -154,7 +155,11 @@ def _tools(parameters: Parameters, to: Deployment) -> JSON:
     if not tools:
         return {}
     functions: list[JSON] = [tool["function"] for tool in tools]
-    strict = parameters.take("strict_tools") or any(function.get("strict") for function in functions)
+    strict = parameters.take("strict_tools")
+    if not strict and any(function.get("strict") for function in functions):
+        strict = all((function.get("parameters") or NO_PARAMETERS).get("required") for function in functions)
+        if not strict:
+            parameters.tell("tools.strict")
     return {
         "tools": [{"type": "function", "function": _function(function)} for function in functions],
         "tool_choice": TOOL_CHOICES.get(choice or ""),

@@ -198,14 +198,27 @@ def test_a_tool_conversation() -> None:
 
 
 def test_tools() -> None:
-    strict = {"type": "function", "function": {"name": "time", "description": "Now", "strict": True}}
-    body = sent(ask(tools=[{"type": "function", "function": WEATHER}, strict], tool_choice="required"))
+    bare = {"type": "function", "function": {"name": "time", "description": "Now"}}
+    body = sent(ask(tools=[{"type": "function", "function": WEATHER}, bare], tool_choice="required"))
     time = {"name": "time", "description": "Now", "parameters": {"type": "object", "properties": {}}}
     assert body["tools"] == [{"type": "function", "function": each} for each in (WEATHER, time)]
-    assert (body["tool_choice"], body["strict_tools"]) == ("REQUIRED", True)
+    assert body["tool_choice"] == "REQUIRED"
     auto = sent(ask(tools=[{"type": "function", "function": WEATHER}], tool_choice="auto"))
     assert not auto.keys() & {"tool_choice", "strict_tools"}
     assert "tools" not in sent(ask(tools=[], tool_choice="none"))
+
+
+def test_tools_are_strict_where_all_can_be() -> None:
+    needs = {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
+    strict = {"type": "function", "function": {"name": "f", "parameters": needs, "strict": True}}
+    lenient = {"type": "function", "function": {"name": "g", "parameters": needs}}
+    optional = {"type": "function", "function": {"name": "h", "parameters": {**needs, "required": []}}}
+    assert sent(ask(tools=[strict, lenient]))["strict_tools"] is True
+    assert dropped(ask(tools=[strict, lenient])) == ()
+    assert "strict_tools" not in sent(ask(tools=[strict, optional]))
+    assert dropped(ask(tools=[strict, optional])) == ("tools.strict",)
+    assert dropped(ask(tools=[optional])) == ()
+    assert sent(ask(tools=[optional], strict_tools=True))["strict_tools"] is True  # Cohere's own, and its business
 
 
 def test_structured_output() -> None:
