@@ -229,6 +229,25 @@ def test_tools_and_how_they_are_to_be_used() -> None:
     assert strict.dropped == ("tools.strict",)
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "dropped"),
+    [
+        ({"cached_content": "cachedContents/abc"}, "cachedContents/abc", ()),
+        ({"extra_body": {"google": {"cached_content": "cachedContents/abc"}}}, "cachedContents/abc", ()),
+        (
+            {"extra_body": {"google": {"cached_content": "cachedContents/abc", "safety_settings": []}}},
+            "cachedContents/abc",
+            ("extra_body",),
+        ),
+        ({"cached_content": 5}, None, ("cached_content",)),
+        ({"extra_body": {"google": {"safety_settings": []}}}, None, ("extra_body",)),
+    ],
+)
+def test_a_cache_of_ones_own_is_named(given: dict[str, Any], wanted: str | None, dropped: tuple[str, ...]) -> None:
+    assert sent(ask(**given)).get("cachedContent") == wanted
+    assert DIALECT.request(ask(**given), FLASH, None).dropped == dropped
+
+
 def test_answers_in_json() -> None:
     assert config(response_format={"type": "text"}) == {}
     assert config(response_format={"type": "json_object"}) == {"responseMimeType": "application/json"}
