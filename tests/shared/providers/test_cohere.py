@@ -122,7 +122,7 @@ def test_only_one_penalty_is_sent() -> None:
 
 def test_what_it_lacks_is_dropped_and_told() -> None:
     lacking = {
-        "logprobs": True,
+        "top_logprobs": 2,
         "logit_bias": {"1": 1},
         "user": "u",
         "parallel_tool_calls": False,
@@ -407,6 +407,22 @@ def test_a_refusal_has_its_meaning(status: int, message: str, fault: str) -> Non
 
 
 # Streams
+
+
+LIKELY = {"text": "Hé", "token_ids": [3, 4], "logprobs": [-0.25, -0.5]}
+TOLD = {"token": "Hé", "logprob": -0.75, "bytes": [72, 195, 169], "top_logprobs": []}
+
+
+def test_how_likely_the_words_were() -> None:
+    assert sent(ask(logprobs=True))["logprobs"] is True
+    assert dropped(ask(logprobs=True, top_logprobs=2)) == ("top_logprobs",)
+    assert "logprobs" not in sent(ask(logprobs=False))
+    unknown = {"text": "!", "token_ids": [5], "logprobs": None}
+    body = {**whole([{"type": "text", "text": "Hé!"}]), "logprobs": [LIKELY, unknown]}
+    choice = DIALECT.completion(ask(logprobs=True), PLAIN, body).body["choices"][0]
+    assert choice["logprobs"] == {"content": [TOLD], "refusal": None}
+    (piece,) = streamed({**content(text="Hé"), "logprobs": LIKELY})
+    assert piece.body["choices"][0]["logprobs"] == {"content": [TOLD], "refusal": None}
 
 
 def streamed(*events: dict[str, Any], call: Call | None = None) -> list[Piece]:
