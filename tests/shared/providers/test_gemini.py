@@ -114,11 +114,11 @@ def test_parameters_go_under_geminis_names() -> None:
 
 
 def test_what_it_lacks_is_dropped_and_told() -> None:
-    call = ask(user="u", logit_bias={"1": 1}, parallel_tool_calls=False, presence_penalty=1, logprobs=True, seed=2**40)
-    outgoing = DIALECT.request(call, FLASH, None)
+    tuned: dict[str, Any] = {"user": "u", "logit_bias": {"1": 1}, "presence_penalty": 1, "logprobs": True}
+    outgoing = DIALECT.request(ask(**tuned, tools=TOOLS, parallel_tool_calls=False, seed=2**40), FLASH, None)
     assert outgoing.dropped == ("logit_bias", "logprobs", "parallel_tool_calls", "presence_penalty", "seed", "user")
     assert json.loads(outgoing.content)["generationConfig"] == {"seed": 2**31 - 1}
-    harmless = ask(parallel_tool_calls=True, modalities=["text"], stream=True, stream_options={"include_usage": True})
+    harmless = ask(tools=TOOLS, parallel_tool_calls=True, modalities=["text"], stream=True, stream_options={})
     assert DIALECT.request(harmless, FLASH, None).dropped == ()
     assert refusal(ask(user="u", strict=True)) == "user"
 
@@ -136,7 +136,6 @@ def test_what_it_lacks_is_dropped_and_told() -> None:
         ({"messages": [user([{"type": "file", "file": {"file_id": "file-abc"}}])]}, "messages"),
         ({"messages": [*HI, {"role": "function", "name": "f", "content": "1"}]}, "messages"),
         ({"messages": [*HI, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}, "messages"),
-        ({"messages": [*HI, result("call_1", "of no call")]}, "messages"),
         ({"messages": [*HI, calling(("1", "[1]")), result("1", "x")]}, "messages"),
         ({"messages": [*HI, calling(("1", "{oops")), result("1", "x")]}, "messages"),
     ],
