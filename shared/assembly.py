@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 from shared.schema import JSON
 
-GROWING = frozenset({"content", "reasoning_content", "refusal", "text", "arguments", "data", "transcript"})
+GROWING = frozenset({"content", "reasoning_content", "refusal", "text", "summary", "arguments", "data", "transcript"})
 """What comes a piece at a time; other strings come whole."""
 FIRST = frozenset({"finish_reason", "native_finish_reason"})
 """Of everything else that comes twice, the last holds."""
@@ -54,15 +54,34 @@ def _joined(name: str, values: Sequence[Any]) -> Any:
         return _merged(values)
     if all(isinstance(value, list) for value in values):
         items = list(chain.from_iterable(values))
-        return _tool_calls(items) if name == "tool_calls" else items
+        pieced = name in PUT_TOGETHER and all(isinstance(item, dict) for item in items)
+        return PUT_TOGETHER[name](items) if pieced else items
     return values[0 if name in FIRST else -1]
 
 
-def _tool_calls(pieces: Sequence[JSON]) -> list[JSON]:
+def _tool_calls(pieces: list[JSON]) -> list[JSON]:
     calls = defaultdict[int, list[JSON]](list)
     for piece in pieces:
         calls[piece.get("index") or 0].append({name: value for name, value in piece.items() if name != "index"})
     return [_merged(calls[index]) for index in sorted(calls)]
+
+
+def _reasoning_details(pieces: list[JSON]) -> list[JSON]:
+    """OpenRouter's: a text or a summary comes in pieces of one index, its signature last; all else comes whole.
+
+    https://openrouter.ai/docs/use-cases/reasoning-tokens"""
+    details: list[JSON] = []
+    for (kind, _), group in groupby(pieces, lambda piece: (piece.get("type"), piece.get("index"))):
+        run = list(group)
+        details += [_merged(run)] if kind in ("reasoning.text", "reasoning.summary") else run
+    return details
+
+
+PUT_TOGETHER: Mapping[str, Callable[[list[JSON]], list[JSON]]] = {
+    "tool_calls": _tool_calls,
+    "reasoning_details": _reasoning_details,
+}
+"""Lists whose items come in pieces."""
 
 
 def _message(delta: JSON) -> JSON:

@@ -6,7 +6,7 @@ Bounds and codes are those of https://platform.openai.com/docs/api-reference (re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
@@ -198,6 +198,8 @@ def _choice(value: Any) -> str:
 ToolChoice: TypeAlias = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[JSON, Tag("named")], Discriminator(_choice)
 ]
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "default"]
+"""OpenAI's words, and the one for Qwen's on Groq: https://console.groq.com/docs/reasoning."""
 Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
@@ -278,7 +280,7 @@ class ChatRequest(Sampling):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     functions: list[JSON] | None = None
     modalities: list[str] | None = None
     audio: JSON | None = None
@@ -330,6 +332,9 @@ SHAPES: Mapping[Surface, type[Shape]] = {
 }
 OURS = frozenset({"models", "provider", "cache", "session_id", "strict"})
 """Our extensions of the request: never forwarded, but for what a provider's row `keeps`."""
+
+FORMAT_AND_TOOLS = "response_format with tools"
+"""Some take either, but not both at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +406,7 @@ class Call:
         if (body.get("modalities") or ["text"]) != ["text"]:
             found.add("modalities")
         if (form := _inner(body, "response_format").get("type")) not in (None, "text"):
-            found |= {"response_format", form}
+            found |= {"response_format", form, FORMAT_AND_TOOLS} if "tools" in found else {"response_format", form}
         if body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict):
             found.add("tool_choice")
         for message in body["messages"]:
@@ -486,14 +491,64 @@ def _check_together(surface: Surface, body: JSON) -> None:
         for index, tool in enumerate(body.get("tools") or ()):
             if tool["type"] == "function" and tool.get("function") is None:
                 raise missing(f"tools[{index}].function")
+        if not body.get("tools"):
+            _check_without_tools(body)
         form = _inner(body, "response_format")
         if form.get("type") == "json_schema" and form.get("json_schema") is None:
             raise missing("response_format.json_schema")
+        _check_results(body["messages"])
     if surface == "completions" and (body.get("best_of") or 1) > 1:
         if body.get("stream"):
             raise InvalidRequest("You cannot stream results with 'best_of' above 1.", param="best_of")
         if body["best_of"] < (body.get("n") or 1):
             raise InvalidRequest("'best_of' must not be below 'n'.", param="best_of")
+
+
+def _check_without_tools(body: JSON) -> None:
+    """OpenAI refuses `tool_choice` whatever it says; what asks for no call is let pass."""
+    for name in ("tool_choice", "parallel_tool_calls"):
+        if body.get(name) not in (None, "none", "auto"):
+            message = f"Invalid value for '{name}': '{name}' is only allowed when 'tools' are specified."
+            raise InvalidRequest(message, param=name)
+
+
+def _check_results(messages: list[JSON]) -> None:
+    """Each call has its result right after it, and no result is without a call."""
+    asked: set[str] = set()
+    due: dict[str, None] = {}
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            if message["tool_call_id"] not in asked:
+                raise _unasked(message["tool_call_id"], index, any_asked=bool(asked))
+            due.pop(message["tool_call_id"], None)
+        elif due:
+            raise _unanswered(due, index)
+        else:
+            calls: list[JSON] = (message["role"] == "assistant" and message.get("tool_calls")) or []
+            due = dict.fromkeys(call["id"] for call in calls)
+            asked = set(due)
+    if due:
+        raise _unanswered(due, len(messages) - 1)
+
+
+def _unasked(call_id: str, index: int, *, any_asked: bool) -> InvalidRequest:
+    if any_asked:
+        message = (
+            f"Invalid parameter: 'tool_call_id' of '{call_id[:64]}' not found in 'tool_calls' of previous message."
+        )
+        return InvalidRequest(message, param=f"messages.[{index}].tool_call_id")
+    message = (
+        "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
+    )
+    return InvalidRequest(message, param=f"messages.[{index}].role")
+
+
+def _unanswered(due: Iterable[str], index: int) -> InvalidRequest:
+    message = (
+        "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'. "
+        f"The following tool_call_ids did not have response messages: {', '.join(due)[:256]}"
+    )
+    return InvalidRequest(message, param=f"messages.[{index}].role")
 
 
 @dataclass(frozen=True, slots=True)

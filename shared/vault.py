@@ -22,7 +22,9 @@ TTL = 30 * 86400
 """Seconds: how long after its last turn a conversation with tools can be taken up again."""
 MOST = 100
 """Calls of a history, from its end, that are looked up: one round trip."""
-RETURNED = ("extra_content", "reasoning_content")
+RETURNED = ("extra_content", "reasoning_content", "reasoning_details")
+GARBLED = frozenset({"reasoning_details"})
+"""What clients may return, but wrongly put together where it was streamed: what was kept holds."""
 
 
 class Vault:
@@ -106,7 +108,7 @@ class Recall:
 
 
 def _filled(said: JSON, kept: JSON) -> JSON:
-    return {**said, **{name: value for name, value in kept.items() if not said.get(name)}}
+    return {**said, **{name: value for name, value in kept.items() if name in GARBLED or not said.get(name)}}
 
 
 def cares(row: Provider) -> bool:

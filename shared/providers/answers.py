@@ -19,7 +19,7 @@ from shared.config import Provider
 from shared.errors import ProviderError
 from shared.providers import refusals
 from shared.providers.dialect import Piece
-from shared.providers.pieces import MAX_TOKENS, object_of
+from shared.providers.pieces import MAX_TOKENS, object_of, text_or_none
 from shared.schema import JSON, Usage
 
 LEAKS = ("obfuscation", "p", "user_id")
@@ -67,7 +67,9 @@ class ToolCalls:
     def fix(self, pieces: list[JSON]) -> None:
         for piece in pieces:
             given, function = piece.get("index"), cast("JSON", piece.get("function") or {})
-            if call_id := piece.pop("id", None):
+            if "name" in function:
+                function["name"] = text_or_none(function["name"])
+            if call_id := text_or_none(piece.pop("id", None)):
                 at = self._ids.get(call_id)
             else:
                 at = self._at.get(given, self._count - 1 if given is None and not function.get("name") else None)
@@ -109,12 +111,14 @@ class ChatStream:
         if not choices:
             return ending(data, usage)
         for choice in choices:
+            if type(choice.get("index")) is not int:
+                choice["index"] = place_of(choice, 0)
             message: JSON | None = choice.pop("message", None)  # Perplexity: all the text until now, again
             delta: JSON | None = choice.get("delta")
             if delta is None:
                 delta = choice["delta"] = message or dict[str, Any]()
             if calls := tidy(delta):
-                self._calls.setdefault(choice.get("index"), ToolCalls()).fix(calls)
+                self._calls.setdefault(choice["index"], ToolCalls()).fix(calls)
             if (word := choice.get("finish_reason")) or "native_finish_reason" in choice:
                 finish(choice, word)
         return [Piece(data, usage)]
@@ -130,9 +134,7 @@ class TextStream:
         usage = head(event, data, self._row)
         if not data.get("choices"):
             return ending(data, usage)
-        data["choices"] = [
-            text_choice(finished(choice), choice.get("text"), choice.get("logprobs")) for choice in data["choices"]
-        ]
+        data["choices"] = [_text_choice(choice, 0) for choice in data["choices"]]
         return [Piece(data, usage)]
 
 
@@ -166,9 +168,15 @@ def ending(data: JSON, usage: Usage | None) -> list[Piece]:
 
 
 def tidy(said: JSON) -> list[JSON] | None:
-    """One text, one reasoning text, no empty fields, in a message or a delta; returns the tool calls, if any."""
+    """One text, one reasoning text, no empty fields, in a message or a delta; returns the tool calls, if any.
+
+    Raises TypeError for what must be text, and is none."""
     if type(content := said.get("content")) is list:
         _join(said, cast("list[JSON]", content))
+    elif type(content) is not str:
+        text_or_none(content)
+    if "refusal" in said:
+        text_or_none(said["refusal"])
     if "reasoning" in said:
         reasoning = said.pop("reasoning")
         if reasoning and not said.get("reasoning_content"):
@@ -203,17 +211,28 @@ def finish(choice: JSON, word: str | None) -> None:
         choice["native_finish_reason"] = native
 
 
-def finished(choice: JSON) -> JSON:
+def place_of(choice: JSON, place: int) -> int:
+    """Its index; its place where it says none. Raises TypeError for what is no index."""
+    index: Any = choice.get("index")
+    if index is None:
+        return place
+    if type(index) is not int:
+        raise TypeError(index)
+    return index
+
+
+def _text_choice(choice: JSON, place: int) -> JSON:
+    choice["index"] = place_of(choice, place)
     finish(choice, choice.get("finish_reason"))
-    return choice
+    return text_choice(choice, text_or_none(choice.get("text")), choice.get("logprobs"))
 
 
-def text_choice(choice: JSON, text: Any, logprobs: Any) -> JSON:
+def text_choice(choice: JSON, text: str | None, logprobs: Any) -> JSON:
     """https://platform.openai.com/docs/api-reference/completions/object"""
     kept = {name: choice[name] for name in ("native_finish_reason", "content_filter_results") if name in choice}
     return {
         "index": choice.get("index", 0),
-        "text": text if isinstance(text, str) else "",
+        "text": text or "",
         "logprobs": logprobs,
         "finish_reason": choice.get("finish_reason"),
         **kept,
@@ -223,7 +242,8 @@ def text_choice(choice: JSON, text: Any, logprobs: Any) -> JSON:
 def chat(body: JSON, row: Provider) -> Piece:
     """A whole chat answer."""
     usage = _whole(body, row)
-    for choice in body["choices"]:
+    for place, choice in enumerate(body["choices"]):
+        choice["index"] = place_of(choice, place)
         if not choice.get("message"):
             if not choice.get("finish_reason"):
                 raise ProviderError("empty", EMPTY, ambiguous=True)
@@ -233,11 +253,13 @@ def chat(body: JSON, row: Provider) -> Piece:
         message.setdefault("content", None)
         for call in tidy(message) or ():
             call.pop("index", None)
-            call["id"] = call.get("id") or new_id()
+            call["id"] = text_or_none(call.get("id")) or new_id()
             call["type"] = call.get("type") or "function"
             function: JSON | None = call.get("function")
-            if function is not None and not isinstance(function.get("arguments"), str):
-                function["arguments"] = _arguments(function.get("arguments"))
+            if function is not None:
+                function["name"] = text_or_none(function.get("name")) or ""
+                if not isinstance(function.get("arguments"), str):
+                    function["arguments"] = _arguments(function.get("arguments"))
         finish(choice, choice.get("finish_reason"))
     return Piece(body, usage)
 
@@ -245,9 +267,7 @@ def chat(body: JSON, row: Provider) -> Piece:
 def text(body: JSON, row: Provider) -> Piece:
     """A whole legacy completion."""
     usage = _whole(body, row)
-    body["choices"] = [
-        text_choice(finished(choice), choice.get("text"), choice.get("logprobs")) for choice in body["choices"]
-    ]
+    body["choices"] = [_text_choice(choice, place) for place, choice in enumerate(body["choices"])]
     return Piece(body, usage)
 
 

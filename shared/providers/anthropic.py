@@ -18,6 +18,7 @@ from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
+from shared.providers.schemas import held
 from shared.providers.thinking import Place, Thought, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -127,7 +128,10 @@ def _output(parameters: Parameters, to: Deployment, thought: Thought) -> JSON | 
     """https://platform.claude.com/docs/en/build-with-claude/structured-outputs"""
     config: JSON = {"effort": thought.effort} if thought.effort else {}
     if asked := parameters.schema(to):
-        config["format"] = {"type": "json_schema", "schema": asked["schema"]}
+        config["format"] = {
+            "type": "json_schema",
+            "schema": held(asked["schema"], "response_format.json_schema", parameters),
+        }
     return config or None
 
 
@@ -150,7 +154,7 @@ def _service_tier(parameters: Parameters) -> str | None:
 
 
 def _tools(parameters: Parameters, to: Deployment) -> tuple[list[JSON], JSON | None]:
-    tools = [_tool(tool, to) for tool in parameters.take("tools") or ()]
+    tools = [_tool(tool, parameters, to) for tool in parameters.take("tools") or ()]
     parallel: bool | None = parameters.take("parallel_tool_calls")
     match parameters.take("tool_choice"):
         case None:
@@ -166,17 +170,18 @@ def _tools(parameters: Parameters, to: Deployment) -> tuple[list[JSON], JSON | N
     return tools, choice if tools else None
 
 
-def _tool(tool: JSON, to: Deployment) -> JSON:
+def _tool(tool: JSON, parameters: Parameters, to: Deployment) -> JSON:
     """A function, or one of Anthropic's own tools, as it is."""
     if tool["type"] != "function":
         if OWN_TOOL.fullmatch(tool["type"]):
             return tool
         raise unsupported(to, "tools", "takes no tools but functions and Anthropic's own")
     function: JSON = tool["function"]
+    schema: JSON = {"type": "object", **(function.get("parameters") or NO_PARAMETERS)}
     sent: JSON = {
         "name": function["name"],
         "description": function.get("description"),
-        "input_schema": {"type": "object", **(function.get("parameters") or NO_PARAMETERS)},
+        "input_schema": held(schema, "tools.parameters", parameters) if function.get("strict") else schema,
         "strict": function.get("strict") or None,
     }
     sent = {name: value for name, value in sent.items() if value is not None}

@@ -25,6 +25,7 @@ from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
+from shared.providers.schemas import held
 from shared.providers.thinking import WAYS, Place, is_signed, level, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -263,8 +264,9 @@ def _output(parameters: Parameters, to: Deployment, thought: _Thought) -> JSON:
     """https://docs.aws.amazon.com/bedrock/latest/userguide/structured-output.html: the schema is JSON in a string."""
     if not (asked := parameters.schema(to)):
         return _given(effort=thought.effort)
-    schema = orjson.dumps(asked["schema"]).decode()
-    described = _given(name=asked["name"], description=asked.get("description"), schema=schema)
+    claude = to.provider.family(to.model) == "claude"
+    schema = held(asked["schema"], "response_format.json_schema", parameters) if claude else asked["schema"]
+    described = _given(name=asked["name"], description=asked.get("description"), schema=orjson.dumps(schema).decode())
     return _given(effort=thought.effort, textFormat={"type": "json_schema", "structure": {"jsonSchema": described}})
 
 
@@ -318,6 +320,8 @@ def _tool(tool: JSON, parameters: Parameters, to: Deployment) -> list[JSON]:
     if function.get("strict") and not strict:
         parameters.tell("tools.strict")
     schema: JSON = {"type": "object", **(function.get("parameters") or {})}
+    if strict:
+        schema = held(schema, "tools.parameters", parameters)
     described = (function.get("description") or "").strip() or None
     spec = _given(name=function["name"], description=described, inputSchema={"json": schema}, strict=strict or None)
     family = to.provider.family(to.model)

@@ -61,6 +61,8 @@ class CohereDialect:
             data, _ = answers.embeddings({"data": vectors}, to.provider, as_base64=as_base64)
             return Piece(data, _usage(body.get("meta")))
         choice: JSON = {"index": 0, "message": _message_of(body["message"], hidden=hides_reasoning(call))}
+        if made := body.get("logprobs"):
+            choice["logprobs"] = _logprobs(made)
         answers.finish(choice, body.get("finish_reason"))
         return Piece({"choices": [choice]}, _usage(body.get("usage")))
 
@@ -113,6 +115,7 @@ def _chat(call: Call, parameters: Parameters, to: Deployment, max_tokens: int | 
         "frequency_penalty": frequency or None,
         "presence_penalty": presence or None,
         "stop_sequences": parameters.stops() or None,
+        "logprobs": parameters.take("logprobs") or None,
         "response_format": _response_format(parameters.take("response_format") or {}),
         "thinking": _thinking(parameters, to, max_tokens),
         **_tools(parameters, to),
@@ -146,7 +149,8 @@ def _thinking(parameters: Parameters, to: Deployment, max_tokens: int | None) ->
 
 
 def _tools(parameters: Parameters, to: Deployment) -> JSON:
-    """https://docs.cohere.com/docs/tool-use: strictness is one switch for all tools, so one strict tool turns it on."""
+    """https://docs.cohere.com/docs/structured-outputs: strictness is one switch for all tools, so one strict tool turns
+    it on, where all can be: "Tools with only optional parameters are not supported in this mode"."""
     tools: list[JSON] = parameters.take("tools") or []
     choice: str | JSON | None = parameters.take("tool_choice")
     if isinstance(choice, dict):
@@ -156,7 +160,11 @@ def _tools(parameters: Parameters, to: Deployment) -> JSON:
     if not tools:
         return {}
     functions: list[JSON] = [tool["function"] for tool in tools]
-    strict = parameters.take("strict_tools") or any(function.get("strict") for function in functions)
+    strict = parameters.take("strict_tools")
+    if not strict and any(function.get("strict") for function in functions):
+        strict = all((function.get("parameters") or NO_PARAMETERS).get("required") for function in functions)
+        if not strict:
+            parameters.tell("tools.strict")
     return {
         "tools": [{"type": "function", "function": _function(function)} for function in functions],
         "tool_choice": TOOL_CHOICES.get(choice or ""),
@@ -263,7 +271,10 @@ class _Stream:
         match data.get("type"):
             case "content-start" | "content-delta":
                 content = data["delta"]["message"]["content"]
-                return self._said(_text(content.get("text")), _text(content.get("thinking")))
+                pieces = self._said(_text(content.get("text")), _text(content.get("thinking")))
+                if pieces and (made := data.get("logprobs")):
+                    pieces[0].body["choices"][0]["logprobs"] = _logprobs([made])
+                return pieces
             case "tool-plan-delta":
                 return self._said("", _text(data["delta"]["message"]["tool_plan"]))
             case "tool-call-start":
@@ -317,6 +328,16 @@ def _end(said: JSON) -> Piece:
 def _cited(citations: list[JSON]) -> JSON:
     """https://docs.cohere.com/docs/documents-and-citations: which words come from which tool result or document."""
     return {"cohere": {"citations": citations}}
+
+
+def _logprobs(made: list[JSON]) -> JSON:
+    """https://docs.cohere.com/reference/chat: of texts; one of several tokens is as likely as all of them together."""
+    content = [
+        {"token": text, "logprob": sum(each["logprobs"]), "bytes": list(text.encode()), "top_logprobs": list[JSON]()}
+        for each in made
+        if (text := _text(each.get("text"))) and each.get("logprobs")
+    ]
+    return {"content": content, "refusal": None}
 
 
 def _text(value: Any) -> str:

@@ -109,7 +109,7 @@ class GeminiDialect:
             message.setdefault("content", None if "tool_calls" in message else "")
             finish = _finish(candidate, candidate["finishReason"], called="tool_calls" in message)
             choices.append(
-                {"index": candidate.get("index", place), "message": message, **_logprobs(candidate), **finish}
+                {"index": answers.place_of(candidate, place), "message": message, **_logprobs(candidate), **finish}
             )
         choices = choices or [{**choice, "message": {"content": None}} for choice in _blocked(call, body)]
         if not choices:
@@ -124,7 +124,7 @@ class GeminiDialect:
                 raise refusals.in_answer(data)
             choices: list[JSON] = []
             for candidate in data.get("candidates") or ():
-                index, delta = candidate.get("index", 0), _message(candidate)
+                index, delta = answers.place_of(candidate, 0), _message(candidate)
                 if calls := delta.get("tool_calls"):
                     first = called.get(index, 0)
                     called[index] = first + len(calls)
@@ -161,9 +161,28 @@ def _generate(call: Call, to: Deployment, parameters: Parameters, max_tokens: in
         body["tools"] = [{"functionDeclarations": [_declaration(tool, to, parameters) for tool in tools]}]
         if calling := _calling(choice, to):
             body["toolConfig"] = {"functionCallingConfig": calling}
+    if cached := _cached_content(call, parameters):
+        body["cachedContent"] = cached
     if config := _config(call, to, parameters, max_tokens):
         body["generationConfig"] = config
     return body
+
+
+def _cached_content(call: Call, parameters: Parameters) -> str | None:
+    """`cachedContents/…`, by itself or as on Gemini's own OpenAI endpoint.
+
+    https://ai.google.dev/gemini-api/docs/caching and https://ai.google.dev/gemini-api/docs/openai#extra-body"""
+    match call.body:
+        case {"cached_content": str(name)}:
+            parameters.take("cached_content")
+            return name
+        case {"extra_body": {"google": {"cached_content": str(name)}} as given}:
+            parameters.take("extra_body")
+            if given != {"google": {"cached_content": name}}:
+                parameters.keep_back("extra_body")  # the rest of it
+            return name
+        case _:
+            return None
 
 
 def _config(call: Call, to: Deployment, parameters: Parameters, max_tokens: int | None) -> JSON:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from shared.catalog import Deployment
 from shared.errors import UnsupportedParameter
-from shared.schema import JSON, OURS, Call
+from shared.schema import FORMAT_AND_TOOLS, JSON, OURS, Call
 
-PARAMETERS = {"json_object": "response_format", "json_schema": "response_format"}
+PARAMETERS: Mapping[str, str] = {
+    "json_object": "response_format",
+    "json_schema": "response_format",
+    FORMAT_AND_TOOLS: "response_format",
+}
 """Which parameter a feature is, where it has another name; what is no parameter is a part of a message."""
 
 
@@ -135,8 +140,10 @@ def told(dropped: list[str], call: Call, to: Deployment) -> tuple[str, ...]:
 
 
 def refuse(call: Call, to: Deployment, also: set[str] | frozenset[str] = NONE) -> None:
-    """Raise UnsupportedParameter for a feature in use that the row `refuses`, or that is among `also`."""
-    if lacking := call.features.intersection(to.provider.refused(to.model)) | also:
+    """Raise UnsupportedParameter for a feature in use that the row `refuses`, or that is among `also`.
+
+    But not for a pair of which it takes either: who has nobody else to ask is told so by the provider."""
+    if lacking := call.features.intersection(to.provider.refused(to.model)) - {FORMAT_AND_TOOLS} | also:
         feature = min(lacking)
         param = PARAMETERS.get(feature) or (feature if feature in call.body else "messages")
         raise unsupported(to, param, f"does not support '{feature}'")

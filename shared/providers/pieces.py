@@ -35,6 +35,11 @@ def text_of(value: Any) -> str:
     raise TypeError(value)
 
 
+def text_or_none(value: Any) -> str | None:
+    """Raises TypeError for what is neither."""
+    return None if value is None else text_of(value)
+
+
 def count_of(counts: JSON, name: str) -> int:
     """A number of tokens; 0 where there is none. Cohere's documents say `number`: 11.0 is one, too."""
     value: Any = counts.get(name)

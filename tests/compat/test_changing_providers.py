@@ -31,6 +31,7 @@ FAKES = {
     "openai": Fake(openai.OPENAI.model, openai.speaking(openai.OPENAI), "http://{host}/v1"),
     "deepseek": Fake(openai.DEEPSEEK.model, openai.speaking(openai.DEEPSEEK), "http://{host}"),
     "mistral": Fake(openai.MISTRAL.model, openai.speaking(openai.MISTRAL), "http://{host}/v1"),
+    "openrouter": Fake(openai.OPENROUTER.model, openai.speaking(openai.OPENROUTER), "http://{host}/api/v1"),
     "anthropic": Fake(anthropic.MODELS[0], anthropic.anthropic, "http://{host}/v1", "x-api-key"),
     "gemini": Fake(gemini.MODEL, gemini.gemini, "http://{host}/v1beta", "x-goog-api-key", names_model=False),
     "bedrock": Fake(bedrock.MODEL, bedrock.bedrock, "http://{host}", names_model=False),
@@ -145,6 +146,15 @@ async def test_what_a_provider_signed_comes_back_to_it_alone(
         ["text", "thinking", "tool_use"],
         ["text"],
     ]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the client keeps all", "the client keeps little"])
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+async def test_openrouter_gets_its_reasoning_details_back(
+    client: AsyncOpenAI, fakes: Mapping[str, Upstream], streams: bool, whole: bool
+) -> None:
+    await converse(client, [deployment("openrouter")] * 4, streams=streams, whole=whole)
+    assert asked(fakes) == ["openrouter"] * 4
 
 
 @pytest.mark.parametrize("second", [name for name in FAKES if name != "openai"])

@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.strict.gemini import DUMMY, MODEL, OWN, gemini, signatures
-from tests.strict.loop import ANSWER, START, TOOLS, TURNS, client_of_gateway, kept, made, results, said
+from tests.strict.loop import ANSWER, START, TURNS, client_of_gateway, kept, made, results, said
 from tests.upstream import Upstream
 
 KEY = "AIzaLoop0123456789"
@@ -63,8 +63,10 @@ async def test_a_history_made_elsewhere(client: AsyncOpenAI, google: Upstream) -
 
 
 async def test_what_it_refuses_is_told(client: AsyncOpenAI, google: Upstream) -> None:
-    unanswered = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-    history: Any = [*START, {"role": "assistant", "content": None, "tool_calls": [unanswered]}, START[1]]
-    with pytest.raises(openai.BadRequestError, match="number of function response parts"):
-        await client.chat.completions.create(model=f"gemini/{MODEL}", messages=history, tools=TOOLS)
-    assert "number of function response parts" in google.malformed.pop()
+    forged = {"google": {"thought_signature": "forged"}}
+    function = {"name": "weather", "arguments": "{}"}
+    call = {"id": "1", "type": "function", "function": function, "extra_content": forged}
+    message: Any = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(openai.BadRequestError, match="Corrupted thought signature"):
+        await said(client, f"gemini/{MODEL}", [*START, message, *results(message)], streams=False)
+    assert "Corrupted thought signature" in google.malformed.pop()

@@ -32,6 +32,7 @@ requires = []
 priority = 5
 default_model = "m"
 first_content_timeout = 1
+refuses = ["response_format with tools"]
 
 [providers.near]
 base_url = "http://127.0.0.1:9/v1"
@@ -105,6 +106,19 @@ async def test_a_request_goes_where_it_can_be_answered(door: Door) -> None:
     long = await candidates(door, "auto:price", tools=TOOLS, max_tokens=4000)
     assert "lab/m" not in long
     assert await answered_by(door, "trio", tools=TOOLS, max_tokens=4000) == "openai/gpt-4o-mini"
+
+
+async def test_json_and_tools_at_once_go_to_whoever_takes_both(door: Door) -> None:
+    both: dict[str, Any] = {"tools": TOOLS, "response_format": {"type": "json_object"}}
+    assert await answered_by(door, "auto:price", tools=TOOLS) == "lab/m"
+    assert (await answered_by(door, "auto:price", **both)).startswith("openai/")
+    assert await answered_by(door, "lab/m", models=["openai/gpt-4o-mini"], **both) == "openai/gpt-4o-mini"
+    assert await answered_by(door, "lab/m", **both) == "lab/m"  # which says itself what it does not take
+    assert refusal(await door.chat(model="lab/m", models=["near/n"], **both)) == (
+        400,
+        "unsupported_parameter",
+        "response_format",
+    )
 
 
 async def test_the_record_tells_the_same_as_the_dry_run(door: Door) -> None:

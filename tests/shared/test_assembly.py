@@ -57,6 +57,29 @@ def test_choices_that_come_mixed_and_out_of_order() -> None:
     assert told == [(0, "a", "stop"), (1, "bB", "length")]
 
 
+def test_reasoning_details_are_joined_as_openrouter_made_them() -> None:
+    def text(**fields: Any) -> Any:
+        return chunk({"reasoning_details": [{"type": "reasoning.text", "format": "anthropic-claude-v1", **fields}]})
+
+    sealed = [{"type": "reasoning.encrypted", "data": data, "id": data, "index": 1} for data in ("x", "y")]
+    said = message(
+        chunk({"role": "assistant", "reasoning_details": []}),
+        text(text="", signature="", index=0),
+        text(text="Let", index=0),
+        text(text=" me.", index=0),
+        text(signature="s0", index=0),
+        text(text="So", index=1),
+        chunk({"reasoning_details": [{"type": "reasoning.summary", "summary": "**Ge", "index": 1}]}),
+        chunk({"reasoning_details": [{"type": "reasoning.summary", "summary": "t**", "index": 1}, *sealed]}),
+    )
+    assert said["reasoning_details"] == [
+        {"type": "reasoning.text", "format": "anthropic-claude-v1", "text": "Let me.", "signature": "s0", "index": 0},
+        {"type": "reasoning.text", "format": "anthropic-claude-v1", "text": "So", "index": 1},
+        {"type": "reasoning.summary", "summary": "**Get**", "index": 1},
+        *sealed,
+    ]
+
+
 def test_tool_calls_by_index_with_their_arguments_joined() -> None:
     def call(index: int, **fields: Any) -> Any:
         return {"index": index, **fields}

@@ -57,7 +57,8 @@ from tests.upstream import (
 SECRET = "sk-test-Zx81kQvT55mNwe02"
 BUDGETS = {"CONNECT_TIMEOUT": "5", "FIRST_CONTENT_TIMEOUT": "1", "GAP_TIMEOUT": "1", "TOTAL_TIMEOUT": "30"}
 """Seconds; `SHORT` is for faults that only the total time ends."""
-SHORT = {**BUDGETS, "FIRST_CONTENT_TIMEOUT": "10", "GAP_TIMEOUT": "10", "TOTAL_TIMEOUT": "1"}
+PATIENT = {**BUDGETS, "FIRST_CONTENT_TIMEOUT": "10", "GAP_TIMEOUT": "10"}
+SHORT = {**PATIENT, "TOTAL_TIMEOUT": "1"}
 USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
 COST = 5 * 1000 + 3 * 2000
 """Of that in nano-dollars, at $1 and $2 per million tokens."""
@@ -340,6 +341,9 @@ ROWS = [
     Row("J2 array", [raw(b'[{"choices": []}]')], PROTOCOL, "protocol", ambiguous=True),
     Row("J4 choices", [answer(200, body(choices="none"))], PROTOCOL, "protocol", ambiguous=True),
     Row("J4 message", [answer(200, body(choices=[{"message": "hi"}]))], PROTOCOL, "protocol", ambiguous=True),
+    Row("J4 content", [answer(200, body(choices=[{"message": {"content": 5}}]))], PROTOCOL, "protocol", ambiguous=True),
+    Row("J4 delta", [stream({"choices": [{"delta": {"content": 5}}]})], PROTOCOL, "protocol", ambiguous=True),
+    Row("J4 index", [stream({"choices": [{"index": [], "delta": {}}]})], PROTOCOL, "protocol", ambiguous=True),
     Row("Z2", [raw(fake.dumped(body()), content_encoding="gzip")], PROTOCOL, "decode"),
     Row("Z2 br", [raw(b"\x8b\x02\x80hi\x03", content_encoding="br")], PROTOCOL, "decode"),
     Row("Z2 unknown", [raw(b"hi", content_encoding="martian")], PROTOCOL, "decode"),
@@ -636,6 +640,7 @@ BROKEN = [
     Broken("E11 clean", [stream(HEL, HALF)], *CUT),
     Broken("E14", [stream(HEL, BAD * 4, *EVENTS[2:], DONE)], "upstream_protocol_error", "protocol"),
     Broken("E14 last", [stream(HEL, BAD)], "upstream_protocol_error", "protocol"),
+    Broken("J4", [stream(HEL, {"choices": [{"delta": {"content": {}}}]})], "upstream_protocol_error", "protocol"),
     Broken("E15", [BEGUN, endless(framed(b"x" * 65536))], "upstream_protocol_error", "too_large"),
     Broken("E19 never", [stream(*EVENTS[:3], USED)], *CUT),
     Broken("Z2", [ZIPPED, chunk(flushed(HEL)), sleep(0.05), chunk(b"x" * 99)], "upstream_protocol_error", "decode"),
@@ -919,8 +924,8 @@ CUTS = {
 
 
 @pytest.mark.parametrize("row", CUTS)
-async def test_cut_in_two_segments_at_every_byte(world: World, row: str) -> None:
-    data = CUTS[row]
+async def test_cut_in_two_segments_at_every_byte(open_world: Open, row: str) -> None:
+    world, data = await open_world(PATIENT), CUTS[row]
     for cut in range(1, len(data)):
         world.first.always(f"cut-{cut}", send(head(200, CLOSING)), apart(data[:cut], data[cut:]), close())
     for start in range(1, len(data), 20):
@@ -939,8 +944,9 @@ async def test_who_never_answers_a_whole_request_is_left_out_after_three(open_wo
     assert attempts(await world.ask("first/m", "second/m")) == [("second", None)]
 
 
-async def test_one_byte_a_segment(world: World) -> None:
+async def test_one_byte_a_segment(open_world: Open) -> None:
     """E2."""
+    world = await open_world(PATIENT)
     world.first.always("m", send(head(200, CLOSING)), apart(*(bytes([byte]) for byte in SHORTEST)), close())
     assert await streamed(world, "m") == "h✓l😀"
 

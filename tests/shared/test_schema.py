@@ -93,6 +93,79 @@ def test_parameters_that_contradict_each_other_are_refused(body: dict[str, Any],
     assert refused.value.param == param
 
 
+def calling(*ids: str) -> dict[str, Any]:
+    calls = [{"id": each, "type": "function", "function": {"name": "f", "arguments": "{}"}} for each in ids]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "7"}
+
+
+HI: dict[str, Any] = {"role": "user", "content": "hi"}
+LEGACY: list[dict[str, Any]] = [
+    HI,
+    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "function", "name": "f", "content": "7"},
+]
+OF_NO_CALL = "Invalid parameter: messages with role 'tool' must be a response to a preceeding message"
+UNANSWERED = "must be followed by tool messages responding to each 'tool_call_id'.*: "
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "message"),
+    [
+        ([HI, result("a")], "messages.[1].role", OF_NO_CALL),
+        ([result("a"), HI], "messages.[0].role", OF_NO_CALL),
+        ([HI, calling("a"), result("a"), HI, result("a")], "messages.[4].role", OF_NO_CALL),
+        ([HI, calling("a"), result("b")], "messages.[2].tool_call_id", "'b' not found in 'tool_calls'"),
+        ([HI, calling("a", "b"), result("b"), HI], "messages.[3].role", f"{UNANSWERED}a$"),
+        ([HI, calling("b", "a"), HI, result("a")], "messages.[2].role", f"{UNANSWERED}b, a$"),
+        ([HI, calling("a"), calling("b"), result("b")], "messages.[2].role", f"{UNANSWERED}a$"),
+        ([HI, calling("a")], "messages.[1].role", f"{UNANSWERED}a$"),
+    ],
+)
+def test_calls_and_their_results_belong_together(messages: list[Any], param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        parse("chat", orjson.dumps({**CHAT, "messages": messages}))
+    assert (refused.value.param, refused.value.code) == (param, None)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [HI, calling("a", "b"), result("b"), result("a"), calling("a"), result("a"), HI],
+        [{**HI, "tool_calls": "mine"}, {"role": "assistant", "content": "a", "tool_calls": []}, HI],
+        LEGACY,
+        [*LEGACY, calling("a"), result("a"), *LEGACY[1:]],
+    ],
+)
+def test_conversations_with_calls_that_are_fine(messages: list[Any]) -> None:
+    assert parse("chat", orjson.dumps({**CHAT, "messages": messages})).body["messages"] == messages
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": []}, "tool_choice"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"parallel_tool_calls": True, "functions": [{"name": "f"}]}, "parallel_tool_calls"),
+    ],
+)
+def test_what_only_tools_can_mean_is_refused_without_them(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"'{param}' is only allowed when 'tools' are specified") as refused:
+        parse("chat", orjson.dumps({**CHAT, **body}))
+    assert refused.value.param == param
+
+
+def test_an_effort_that_nobody_knows_is_refused_with_those_that_are() -> None:
+    words = "'none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max'"
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        parse("chat", orjson.dumps({**CHAT, "reasoning_effort": "bogus"}))
+    assert (refused.value.param, refused.value.code) == ("reasoning_effort", "invalid_value")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -107,6 +180,8 @@ def test_parameters_that_contradict_each_other_are_refused(body: dict[str, Any],
             ]
         },
         {"tools": [{"type": "web_search_preview"}], "tool_choice": {"type": "web_search_preview"}},
+        {"tool_choice": "none", "parallel_tool_calls": None, "reasoning_effort": "xhigh"},
+        {"functions": [{"name": "f"}], "function_call": "auto", "tool_choice": "auto"},
     ],
 )
 def test_what_is_fine_or_unknown_goes_through_untouched(change: dict[str, Any]) -> None:

@@ -360,19 +360,22 @@ CALLS = st.builds(
     WORDS,
     WORDS,
 )
+RESULTS = [{"role": "tool", "tool_call_id": call_id, "content": "x"} for call_id in ("2", "1")]
 MESSAGES = st.one_of(
     st.builds(lambda content, extra: {**extra, "role": "user", "content": content}, CONTENT, EXTRA),
     st.builds(lambda content: {"role": "system", "content": content, "name": None}, CONTENT),
-    st.builds(lambda calls: {"role": "assistant", "tool_calls": calls, "function_call": None}, st.none() | CALLS),
+    st.just({"role": "assistant", "tool_calls": None, "function_call": None}),
     st.builds(lambda text: {"role": "assistant", "function_call": {"name": text, "arguments": text}}, WORDS),
     st.builds(lambda text: {"role": "function", "content": text, "name": "f"}, st.none() | WORDS),
 )
+CALLING = st.builds(lambda calls: [{"role": "assistant", "tool_calls": calls}, *RESULTS], CALLS)
+TURNS = st.lists(st.builds(lambda message: [message], MESSAGES) | CALLING, min_size=1, max_size=4)
 TOOLS = st.builds(
     lambda schema: [{"type": "function", "function": {"name": "f", "parameters": schema}}, {"type": "own"}], EXTRA
 )
 CHATS = st.builds(
     lambda messages, tools, form: {"model": "m", "messages": messages, "tools": tools, "response_format": form},
-    st.lists(MESSAGES, min_size=1, max_size=4),
+    st.builds(lambda turns: [message for turn in turns for message in turn], TURNS),
     st.none() | TOOLS,
     st.none() | st.just({"type": "json_object"}),
 )

@@ -91,6 +91,7 @@ def kept(completion: Any, *, whole: bool) -> dict[str, Any]:
         for carrier in (message, *(message.get("tool_calls") or ())):
             carrier.pop("extra_content", None)
         message.pop("reasoning_content", None)
+        message.pop("reasoning_details", None)
     return message
 
 

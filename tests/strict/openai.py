@@ -1,4 +1,4 @@
-"""Three who speak OpenAI's wire, and take nothing amiss: OpenAI itself, DeepSeek and Mistral."""
+"""Four who speak OpenAI's wire, and take nothing amiss: OpenAI itself, DeepSeek, Mistral and OpenRouter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ FIELDS = {"model", "messages", "tools", "stream", "reasoning_effort"}
 
 
 class Manners(NamedTuple):
-    """How one of them differs. `ids`: what it takes; `call_id`: what it makes, by turn and index."""
+    """How one of them differs. `ids`: what it takes; `call_id`: what it makes, by turn and index.
+
+    `seals`: with `reasoning_details`, which it wants back."""
 
     model: str
     path: str
@@ -25,6 +27,7 @@ class Manners(NamedTuple):
     ids: re.Pattern[str]
     call_id: Callable[[int, int], str]
     thinks: bool = False
+    seals: bool = False
 
 
 OPENAI = Manners(
@@ -55,6 +58,16 @@ MISTRAL = Manners(
     re.compile(r"[a-zA-Z0-9]{9}"),
     lambda turn, index: f"D681PevK{turn}"[index:] + "x" * index,
 )
+OPENROUTER = Manners(
+    "google/gemini-3-pro-preview",
+    "/api/v1/chat/completions",
+    {*FIELDS, "stream_options"},
+    {"role", "content", "refusal", "tool_calls", "reasoning", "reasoning_details"},
+    "developer",
+    re.compile(r".+", re.DOTALL),
+    lambda turn, index: f"tool_{turn}_{plan(turn)[1][index][0]}",
+    seals=True,
+)
 
 
 def check(body: dict[str, Any], manners: Manners) -> int:
@@ -78,6 +91,8 @@ def check(body: dict[str, Any], manners: Manners) -> int:
     check_answered(body["messages"])
     if manners.thinks:
         check_thoughts(body["messages"], manners)
+    if manners.seals:
+        check_seals(body["messages"], manners)
     return roles.count("assistant")
 
 
@@ -92,11 +107,30 @@ def check_thoughts(messages: list[dict[str, Any]], manners: Manners) -> None:
             require(thought == plan(turn)[0], "reasoning_content is not what was thought")
 
 
+def check_seals(messages: list[dict[str, Any]], manners: Manners) -> None:
+    """https://openrouter.ai/docs/use-cases/reasoning-tokens#preserving-reasoning-blocks: as they were made."""
+    said = [message for message in messages if message["role"] == "assistant"]
+    for turn, message in enumerate(said):
+        own = turn < len(TURNS) and message["tool_calls"][0]["id"] == manners.call_id(turn, 0)
+        require(
+            message.get("reasoning_details") == (details(turn) if own else None),
+            "Gemini models require OpenRouter reasoning details to be preserved in each request.",
+        )
+
+
+def details(turn: int) -> list[dict[str, Any]]:
+    kind = {"format": "google-gemini-v1", "index": 0}
+    sealed = {"type": "reasoning.encrypted", "data": f"sealed{turn}", "id": OPENROUTER.call_id(turn, 0), **kind}
+    return [{"type": "reasoning.text", "text": plan(turn)[0], **kind}, sealed]
+
+
 def message(manners: Manners, turn: int) -> dict[str, Any]:
     thought, calls = plan(turn)
     said: dict[str, Any] = {"role": "assistant", "content": None if calls else ANSWER}
     if manners.thinks:
         said["reasoning_content"] = thought
+    if manners.seals and calls:
+        said |= {"reasoning": thought, "reasoning_details": details(turn)}
     if calls:
         said["tool_calls"] = [
             {
@@ -114,6 +148,11 @@ def deltas(said: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if thought := said.get("reasoning_content"):
         yield {"reasoning_content": thought[:4]}
         yield {"reasoning_content": thought[4:]}
+    if thought := said.get("reasoning"):
+        text, sealed = said["reasoning_details"]
+        for part in (thought[:4], thought[4:]):
+            yield {"content": "", "reasoning": part, "reasoning_details": [{**text, "text": part}]}
+        yield {"content": "", "reasoning": None, "reasoning_details": [sealed]}
     if said["content"]:
         yield {"content": said["content"]}
     for index, call in enumerate(said.get("tool_calls", ())):

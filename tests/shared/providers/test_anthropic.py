@@ -337,14 +337,22 @@ def test_cache_points_pass_wherever_they_stand() -> None:
 
 def test_tools() -> None:
     own = {"type": "web_search_20260318", "name": "web_search", "max_uses": 2}
-    schema = {"type": "object", "properties": {"a": {}}}
-    body = sent(ask(tools=[function("f", description="F", parameters=schema, strict=True), function("g"), own]))
+    schema = {"type": "object", "properties": {"a": {"minimum": 1}}}
+    body = sent(ask(tools=[function("f", description="F", parameters=schema), function("g"), own]))
     assert body["tools"] == [
-        {"name": "f", "description": "F", "input_schema": schema, "strict": True},
+        {"name": "f", "description": "F", "input_schema": schema},
         {"name": "g", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}},
         own,
     ]
     assert "tool_choice" not in body
+
+
+def test_strict_tools_are_held_to_what_claude_can_be_held_to() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}}
+    call = ask(tools=[function("f", parameters=schema, strict=True)])
+    held = {"properties": {"a": {"type": "integer", "description": "{minimum: 1}"}}, "additionalProperties": False}
+    assert sent(call)["tools"] == [{"name": "f", "input_schema": {"type": "object", **held}, "strict": True}]
+    assert dropped(call) == ("tools.parameters.minimum",)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +391,10 @@ def test_structured_output() -> None:
     assert "output_config" not in sent(ask(response_format={"type": "text"}))
     with pytest.raises(UnsupportedParameter, match="json_schema"):
         sent(ask(response_format=form), NEVER)
+    bounded = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "maxItems": 3}}}
+    call = ask(response_format=bounded)
+    assert sent(call)["output_config"]["format"]["schema"] == {"type": "array", "description": "{maxItems: 3}"}
+    assert dropped(call) == ("response_format.json_schema.maxItems",)
 
 
 def adaptive(display: str = "summarized") -> dict[str, Any]:

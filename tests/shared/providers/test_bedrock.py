@@ -288,6 +288,10 @@ def test_a_schema_for_the_answer() -> None:
     assert (definition["name"], definition["description"]) == ("x", "d")
     assert json.loads(definition["schema"]) == schema
     assert "outputConfig" not in sent(ask(response_format={"type": "text"}))
+    form["json_schema"]["schema"] = {"type": "string", "maxLength": 9}
+    told = sent(ask(response_format=form))["outputConfig"]["textFormat"]
+    assert json.loads(told["structure"]["jsonSchema"]["schema"]) == {"type": "string", "description": "{maxLength: 9}"}
+    assert dropped(ask(response_format=form)) == ("response_format.json_schema.maxLength",)
 
 
 def test_tools_and_which_to_choose() -> None:
@@ -318,11 +322,38 @@ def test_one_tool_at_a_time_is_said_in_claudes_words() -> None:
     assert dropped(ask(tools=[WEATHER], parallel_tool_calls=False), NOVA) == ("parallel_tool_calls",)
 
 
+@pytest.mark.parametrize(
+    ("model", "held"),
+    [
+        ("us.anthropic.claude-haiku-4-5-20251001-v1:0", True),
+        ("global.anthropic.claude-sonnet-4-6", True),
+        ("us.anthropic.claude-opus-4-6-v1", True),
+        ("us.anthropic.claude-opus-4-7", False),
+        ("us.anthropic.claude-opus-4-8", False),
+        ("us.anthropic.claude-sonnet-4-20250514-v1:0", False),
+        ("global.anthropic.claude-sonnet-5", False),
+        ("global.anthropic.claude-opus-5", False),
+        ("us.anthropic.claude-fable-5-1", False),
+    ],
+)
+def test_which_claude_can_be_held_to_a_schema(model: str, held: bool) -> None:
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    assert ("tools.strict" not in dropped(ask(tools=[strict]), at(model))) is held
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    assert ("json_schema" not in at(model).provider.refused(model)) is held
+    if held:
+        assert sent(ask(response_format=form), at(model))["outputConfig"]
+    else:
+        assert refused(ask(response_format=form), at(model)) == "response_format"
+
+
 def test_strict_tools() -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     assert sent(ask(tools=[strict]))["toolConfig"]["tools"][0]["toolSpec"]["strict"] is True
     assert "strict" not in sent(ask(tools=[strict]), NOVA)["toolConfig"]["tools"][0]["toolSpec"]
     assert dropped(ask(tools=[strict]), NOVA) == ("tools.strict",)
+    strict["function"]["parameters"] = {"properties": {"at": {"type": "string", "minLength": 1}}}
+    assert dropped(ask(tools=[strict])) == ("tools.parameters.minLength",)
     with pytest.raises(UnsupportedParameter):
         DIALECT.request(ask(tools=[strict], strict=True), NOVA, None)
 

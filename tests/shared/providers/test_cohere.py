@@ -122,7 +122,7 @@ def test_only_one_penalty_is_sent() -> None:
 
 def test_what_it_lacks_is_dropped_and_told() -> None:
     lacking = {
-        "logprobs": True,
+        "top_logprobs": 2,
         "logit_bias": {"1": 1},
         "user": "u",
         "parallel_tool_calls": False,
@@ -198,14 +198,27 @@ def test_a_tool_conversation() -> None:
 
 
 def test_tools() -> None:
-    strict = {"type": "function", "function": {"name": "time", "description": "Now", "strict": True}}
-    body = sent(ask(tools=[{"type": "function", "function": WEATHER}, strict], tool_choice="required"))
+    bare = {"type": "function", "function": {"name": "time", "description": "Now"}}
+    body = sent(ask(tools=[{"type": "function", "function": WEATHER}, bare], tool_choice="required"))
     time = {"name": "time", "description": "Now", "parameters": {"type": "object", "properties": {}}}
     assert body["tools"] == [{"type": "function", "function": each} for each in (WEATHER, time)]
-    assert (body["tool_choice"], body["strict_tools"]) == ("REQUIRED", True)
+    assert body["tool_choice"] == "REQUIRED"
     auto = sent(ask(tools=[{"type": "function", "function": WEATHER}], tool_choice="auto"))
     assert not auto.keys() & {"tool_choice", "strict_tools"}
     assert "tools" not in sent(ask(tools=[], tool_choice="none"))
+
+
+def test_tools_are_strict_where_all_can_be() -> None:
+    needs = {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
+    strict = {"type": "function", "function": {"name": "f", "parameters": needs, "strict": True}}
+    lenient = {"type": "function", "function": {"name": "g", "parameters": needs}}
+    optional = {"type": "function", "function": {"name": "h", "parameters": {**needs, "required": []}}}
+    assert sent(ask(tools=[strict, lenient]))["strict_tools"] is True
+    assert dropped(ask(tools=[strict, lenient])) == ()
+    assert "strict_tools" not in sent(ask(tools=[strict, optional]))
+    assert dropped(ask(tools=[strict, optional])) == ("tools.strict",)
+    assert dropped(ask(tools=[optional])) == ()
+    assert sent(ask(tools=[optional], strict_tools=True))["strict_tools"] is True  # Cohere's own, and its business
 
 
 def test_structured_output() -> None:
@@ -394,6 +407,22 @@ def test_a_refusal_has_its_meaning(status: int, message: str, fault: str) -> Non
 
 
 # Streams
+
+
+LIKELY = {"text": "Hé", "token_ids": [3, 4], "logprobs": [-0.25, -0.5]}
+TOLD = {"token": "Hé", "logprob": -0.75, "bytes": [72, 195, 169], "top_logprobs": []}
+
+
+def test_how_likely_the_words_were() -> None:
+    assert sent(ask(logprobs=True))["logprobs"] is True
+    assert dropped(ask(logprobs=True, top_logprobs=2)) == ("top_logprobs",)
+    assert "logprobs" not in sent(ask(logprobs=False))
+    unknown = {"text": "!", "token_ids": [5], "logprobs": None}
+    body = {**whole([{"type": "text", "text": "Hé!"}]), "logprobs": [LIKELY, unknown]}
+    choice = DIALECT.completion(ask(logprobs=True), PLAIN, body).body["choices"][0]
+    assert choice["logprobs"] == {"content": [TOLD], "refusal": None}
+    (piece,) = streamed({**content(text="Hé"), "logprobs": LIKELY})
+    assert piece.body["choices"][0]["logprobs"] == {"content": [TOLD], "refusal": None}
 
 
 def streamed(*events: dict[str, Any], call: Call | None = None) -> list[Piece]:

@@ -215,6 +215,7 @@ def test_a_failure_means_what_it_says(case: Case) -> None:
 CHAT_FIELDS = {
     **{name: {} for name in ("model", "stream", "max_tokens", "stop_sequences", "temperature", "seed", "k", "p")},
     **{name: {} for name in ("frequency_penalty", "presence_penalty", "safety_mode", "documents", "strict_tools")},
+    "logprobs": {"type": "boolean"},
     "tool_choice": {"enum": ["REQUIRED", "NONE"]},
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/root.ChatMessageV2"}},
     "tools": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/root.ToolV2"}},

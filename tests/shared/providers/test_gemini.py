@@ -114,11 +114,11 @@ def test_parameters_go_under_geminis_names() -> None:
 
 
 def test_what_it_lacks_is_dropped_and_told() -> None:
-    call = ask(user="u", logit_bias={"1": 1}, parallel_tool_calls=False, presence_penalty=1, logprobs=True, seed=2**40)
-    outgoing = DIALECT.request(call, FLASH, None)
+    tuned: dict[str, Any] = {"user": "u", "logit_bias": {"1": 1}, "presence_penalty": 1, "logprobs": True}
+    outgoing = DIALECT.request(ask(**tuned, tools=TOOLS, parallel_tool_calls=False, seed=2**40), FLASH, None)
     assert outgoing.dropped == ("logit_bias", "logprobs", "parallel_tool_calls", "presence_penalty", "seed", "user")
     assert json.loads(outgoing.content)["generationConfig"] == {"seed": 2**31 - 1}
-    harmless = ask(parallel_tool_calls=True, modalities=["text"], stream=True, stream_options={"include_usage": True})
+    harmless = ask(tools=TOOLS, parallel_tool_calls=True, modalities=["text"], stream=True, stream_options={})
     assert DIALECT.request(harmless, FLASH, None).dropped == ()
     assert refusal(ask(user="u", strict=True)) == "user"
 
@@ -145,7 +145,6 @@ def test_what_it_lacks_is_dropped_and_told() -> None:
         ),
         ({"messages": [*HI, {"role": "function", "name": "f", "content": "1"}]}, "messages"),
         ({"messages": [*HI, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}, "messages"),
-        ({"messages": [*HI, result("call_1", "of no call")]}, "messages"),
         ({"messages": [*HI, calling(("1", "[1]")), result("1", "x")]}, "messages"),
         ({"messages": [*HI, calling(("1", "{oops")), result("1", "x")]}, "messages"),
     ],
@@ -238,12 +237,38 @@ def test_tools_and_how_they_are_to_be_used() -> None:
     assert strict.dropped == ("tools.strict",)
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "dropped"),
+    [
+        ({"cached_content": "cachedContents/abc"}, "cachedContents/abc", ()),
+        ({"extra_body": {"google": {"cached_content": "cachedContents/abc"}}}, "cachedContents/abc", ()),
+        (
+            {"extra_body": {"google": {"cached_content": "cachedContents/abc", "safety_settings": []}}},
+            "cachedContents/abc",
+            ("extra_body",),
+        ),
+        ({"cached_content": 5}, None, ("cached_content",)),
+        ({"extra_body": {"google": {"safety_settings": []}}}, None, ("extra_body",)),
+    ],
+)
+def test_a_cache_of_ones_own_is_named(given: dict[str, Any], wanted: str | None, dropped: tuple[str, ...]) -> None:
+    assert sent(ask(**given)).get("cachedContent") == wanted
+    assert DIALECT.request(ask(**given), FLASH, None).dropped == dropped
+
+
 def test_answers_in_json() -> None:
     assert config(response_format={"type": "text"}) == {}
     assert config(response_format={"type": "json_object"}) == {"responseMimeType": "application/json"}
     form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "object"}}}
     wanted = {"responseMimeType": "application/json", "responseJsonSchema": {"type": "object"}}
     assert config(response_format=form) == wanted
+
+
+def test_only_newer_models_take_json_and_tools_at_once() -> None:
+    both = ask(tools=TOOLS, response_format={"type": "json_object"})
+    for model, taken in (("gemini-2.0-flash", False), ("gemini-2.5-pro", False), ("gemini-3.5-flash", True)):
+        assert both.features.isdisjoint(at(model).provider.refused(model)) is taken
+        assert sent(both, at(model))["tools"]  # where nobody else can be asked, it says so itself
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 import struct
@@ -547,6 +548,43 @@ def test_a_body_of_another_shape_is_a_protocol_error(body: dict[str, Any]) -> No
             read()
         except ProviderError as error:
             assert error.fault in ("protocol", "empty")
+
+
+ODDITIES = [
+    *({"message": {"content": odd}} for odd in (5, 0, True, 1.5, {"a": 1})),
+    *({"message": {"content": "a", "refusal": odd}} for odd in (5, False, ["a"], {})),
+    *({"message": {"tool_calls": [{"id": odd, "function": {"name": "f"}}]}} for odd in (5, True, ["a"])),
+    *({"message": {"tool_calls": [{"id": "c", "function": {"name": odd}}]}} for odd in (5, ["a"], {"a": 1})),
+    *({"index": odd, "message": {"content": "a"}} for odd in ([], ["a"], {}, "0", 1.5, True)),
+]
+
+
+@pytest.mark.parametrize("choice", ODDITIES, ids=str)
+def test_an_odd_type_in_an_answer_is_a_protocol_error(choice: dict[str, Any]) -> None:
+    finished, streamed = {"finish_reason": "stop", **copy.deepcopy(choice)}, copy.deepcopy(choice)
+    streamed["delta"] = streamed.pop("message")
+    for read in (
+        lambda: DIALECT.completion(CHAT, at(), {"choices": [finished]}),
+        lambda: DIALECT.stream(CHAT, at())(None, {"choices": [streamed]}),
+    ):
+        with pytest.raises(ProviderError) as caught:
+            read()
+        assert (caught.value.fault, caught.value.falls_back) == ("protocol", True)
+
+
+@pytest.mark.parametrize("choice", [{"text": 5}, {"text": {}}, {"text": "a", "index": {}}], ids=str)
+def test_an_odd_type_in_a_legacy_completion_is_a_protocol_error(choice: dict[str, Any]) -> None:
+    call, to = Call("completions", {"model": "m", "prompt": "Hi"}), at(completions=("*",))
+    with pytest.raises(ProviderError, match="shape"):
+        DIALECT.completion(call, to, {"choices": [dict(choice)]})
+    with pytest.raises(ProviderError, match="shape"):
+        DIALECT.stream(call, to)(None, {"choices": [dict(choice)]})
+
+
+def test_choices_without_an_index_stand_in_their_order() -> None:
+    choices = [{"message": {"content": "a"}, "finish_reason": "stop", **index} for index in ({}, {"index": None})]
+    made = DIALECT.completion(CHAT, at(), {"choices": choices}).body["choices"]
+    assert [choice["index"] for choice in made] == [0, 1]
 
 
 JSONS = st.recursive(
