@@ -106,8 +106,8 @@ class Planner:
         if any("provider" in row.keeps for row in pool.providers.values()):
             return wish
         if wish.unknown:
-            message = f"Unrecognized request argument supplied: provider.{wish.unknown[0][:64]}"
-            raise InvalidRequest(message, param=f"provider.{wish.unknown[0][:64]}", code="unknown_parameter")
+            message = f"Unrecognized request argument supplied: provider.{wish.unknown[0]}"
+            raise InvalidRequest(message, param=f"provider.{wish.unknown[0]}", code="unknown_parameter")
         if unknown := wish.names - self._catalog.providers.keys():
             known = ", ".join(row.name for row in self._catalog.on())
             message = f"There is no provider '{min(unknown)[:64]}'. Available: {known}."

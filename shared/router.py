@@ -122,7 +122,7 @@ class Preferences:
         limits = tuple((name, limit) for name in RATES if (limit := prices.get(name)) is not None)
         unknown = [each for each in given if each not in (*NAMES, *OTHERS, "max_price") and given[each] is not None]
         unknown += [f"max_price.{each}" for each in prices if each not in RATES and prices[each] is not None]
-        return cls(**names, **rest, max_price=limits, unknown=tuple(unknown))
+        return cls(**names, **rest, max_price=limits, unknown=tuple(each[:64] for each in unknown[:8]))
 
     @property
     def pinned(self) -> bool:
@@ -354,7 +354,7 @@ def _unwanted(candidate: Candidate, wish: Preferences) -> str | None:
     if "provider" in candidate.to.provider.keeps and name not in (*wish.order, *wish.only):
         return None
     if wish.unknown:
-        return f"it does not know 'provider.{wish.unknown[0][:64]}'"
+        return f"it does not know 'provider.{wish.unknown[0]}'"
     if (wish.only and name not in wish.only) or (wish.pinned and name not in wish.order):
         return "the request wants other providers only"
     return None
