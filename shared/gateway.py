@@ -107,7 +107,7 @@ class Gateway:
 
         `ahead`: turns that are not taken yet. `kept`: the answer is there, so that it is no matter who rests."""
         now, state = self._clock(), self.state
-        pool = permitted(plan.pool, key, plan.call.body.get("service_tier"), removed)
+        pool = permitted(plan.pool, key, plan.call.unpriced, removed)
         pool = switched_on(pool, removed, state.switches.applied if state.switches.named else None)
         if plan.strategy == "round_robin" and plan.automatic:
             pool = one_each(pool)
@@ -265,11 +265,17 @@ class Gateway:
             yield [answer.error(error)]
 
     async def _reused(self, exchange: Exchange) -> Kept | None:
-        """An answer kept for this very request, unless nobody, or not this key, may use who gave it any more."""
+        """An answer kept for this very request, unless nobody, or not this key, may use who gave it any more.
+
+        Raises Overloaded where those are left who may not be asked now, either."""
         kept = await exchange.lookup.reuse(exchange.deadline) if exchange.lookup else None
-        order = exchange.routing.order if exchange.routing else None
-        if kept and order and f"{kept.provider}/{kept.model}" in order.pool.where:
+        if not kept or exchange.routing is None or (order := exchange.routing.order) is None:
+            return None
+        if f"{kept.provider}/{kept.model}" in order.pool.where:
             exchange.kept, exchange.dropped = kept, kept.dropped
+        else:
+            exchange.waiting = deployments(awake(order, self.state.health, self._clock(), []))
+            exchange.outgoing = None
         return exchange.kept
 
     async def close(self, exchange: Exchange) -> JSON:

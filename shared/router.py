@@ -21,8 +21,6 @@ from shared.schema import JSON
 from shared.store.base import VirtualKey
 
 MAX_ATTEMPTS = 3
-DEAR_TIERS = frozenset({"priority", "fast", "scale"})
-"""https://platform.openai.com/docs/guides/priority-processing: faster, at a price of their own."""
 MOST_TOLD = 20
 """Of long lists the beginning is told."""
 NANO = 10**9
@@ -172,7 +170,8 @@ def filtered(pool: Pool, needs: Needs, wish: Preferences, removed: list[Removal]
 
     Where there is but one, it is asked whatever we think that it can do: its provider knows better."""
     if wish is not NO_PREFERENCES:
-        pool = WANTED(pool, wish, removed)
+        pinned = wish.pinned and not pool.providers.keys().isdisjoint(wish.order)
+        pool = WANTED(pool, (wish, pinned), removed)
         if wish.max_price:
             pool = CHEAP(pool, wish.max_price, removed)
     if len(pool) == 1:
@@ -185,16 +184,16 @@ def filtered(pool: Pool, needs: Needs, wish: Preferences, removed: list[Removal]
     return pool
 
 
-def permitted(pool: Pool, key: VirtualKey, tier: str | None, removed: list[Removal]) -> Pool:
+def permitted(pool: Pool, key: VirtualKey, unpriced: str | None, removed: list[Removal]) -> Pool:
     """Those that the key may use, and, under a money limit, that have a price. Raises Forbidden when none is left.
 
-    `tier`: the `service_tier` asked for; the dearer ones have no price in the table."""
+    `unpriced`: what in the request has no known price, if anything (`Call.unpriced`)."""
     if key.models is not None:
         pool = PERMITTED(pool, key.models, removed)
     if key.has_money_limit:
         pool = PRICED(pool, None, removed)
-        if tier in DEAR_TIERS:
-            raise _not_priced(f"The service tier '{tier}'")
+        if unpriced:
+            raise _not_priced(unpriced)
     return pool
 
 
@@ -346,15 +345,19 @@ class Filter(Generic[By]):
         return Pool(each for each, why in both if not why), gone
 
 
-def _unwanted(candidate: Candidate, wish: Preferences) -> str | None:
-    """A provider that has preferences of the same kind (OpenRouter) is asked, and told of them, unless it is named."""
-    name = candidate.to.provider.name
+def _unwanted(candidate: Candidate, by: tuple[Preferences, bool]) -> str | None:
+    """A provider that has preferences of the same kind (OpenRouter) is asked, and told of them: it may have whom they
+    name. Not where it is another that they name (`only`), or that they are `pinned` to."""
+    (wish, pinned), name = by, candidate.to.provider.name
+    passes_on = "provider" in candidate.to.provider.keeps
     if name in wish.ignore:
         return "the request ignores its provider"
-    if "provider" in candidate.to.provider.keeps and name not in (*wish.order, *wish.only):
-        return None
-    if wish.unknown:
+    if wish.unknown and not passes_on:
         return f"it does not know 'provider.{wish.unknown[0]}'"
+    if pinned and name not in wish.order:
+        return "the request wants other providers only"
+    if passes_on and name not in (*wish.order, *wish.only):
+        return None
     if (wish.only and name not in wish.only) or (wish.pinned and name not in wish.order):
         return "the request wants other providers only"
     return None

@@ -1,6 +1,7 @@
 """OpenAI's shapes: what a caller may send, checked strictly and once, and the ledger of tokens.
 
-What was checked is what is forwarded: `parse` decodes the body once and validates that very object without changing it.
+What was checked is what is forwarded: `parse` decodes the body once and validates that very object without changing it,
+but that the first of `models` stands in for a `model` that is not there.
 Bounds and codes are those of https://platform.openai.com/docs/api-reference (recorded answers where it is silent).
 """
 
@@ -198,8 +199,6 @@ def _choice(value: Any) -> str:
 ToolChoice: TypeAlias = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[JSON, Tag("named")], Discriminator(_choice)
 ]
-Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "default"]
-"""OpenAI's words, and the one for Qwen's on Groq: https://console.groq.com/docs/reasoning."""
 Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
@@ -280,7 +279,7 @@ class ChatRequest(Sampling):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Effort | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     functions: list[JSON] | None = None
     modalities: list[str] | None = None
     audio: JSON | None = None
@@ -333,6 +332,9 @@ SHAPES: Mapping[Surface, type[Shape]] = {
 OURS = frozenset({"models", "provider", "cache", "session_id", "strict"})
 """Our extensions of the request: never forwarded, but for what a provider's row `keeps`."""
 
+DEAR_TIERS = frozenset({"priority", "fast", "scale"})
+"""https://platform.openai.com/docs/guides/priority-processing: faster, at a price of their own."""
+
 FORMAT_AND_TOOLS = "response_format with tools"
 """Some take either, but not both at once."""
 
@@ -372,6 +374,17 @@ class Call:
         if self.surface == "embeddings":
             return 0
         return (self.body.get("n") or 1) * (self._prompts if self.surface == "completions" else 1)
+
+    @property
+    def unpriced(self) -> str | None:
+        """What makes it dearer than any table tells beforehand, in words for the caller."""
+        match self.body:
+            case {"service_tier": tier} if tier in DEAR_TIERS:
+                return f"The service tier '{tier}'"
+            case {"cached_content": str()} | {"extra_body": {"google": {"cached_content": str()}}}:
+                return "What 'cached_content' adds to the prompt"
+            case _:
+                return None
 
     @property
     def generated(self) -> int:
@@ -421,7 +434,7 @@ def parse(surface: Surface, raw: bytes) -> Call:
     """Decode and check a body; raises InvalidRequest with OpenAI's own `param` and `code`."""
     body = decode(raw)
     if body.get("model") is None and isinstance(named := body.get("models"), list) and named:
-        body["model"], *body["models"] = cast("list[Any]", named)
+        body["model"] = cast("list[Any]", named)[0]
     validated(SHAPES[surface], body)
     _check_together(surface, body)
     return Call(surface, body)
@@ -505,7 +518,7 @@ def _check_together(surface: Surface, body: JSON) -> None:
 
 
 def _check_without_tools(body: JSON) -> None:
-    """OpenAI refuses `tool_choice` whatever it says; what asks for no call is let pass."""
+    """OpenAI refuses both whatever they say; a `tool_choice` that asks for no call is let pass."""
     for name in ("tool_choice", "parallel_tool_calls"):
         if body.get(name) not in (None, "none", "auto"):
             message = f"Invalid value for '{name}': '{name}' is only allowed when 'tools' are specified."

@@ -6,14 +6,16 @@ Some providers refuse the next turn of a tool loop without it. A client that ret
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
 from shared.config import Provider
 from shared.errors import StoreUnavailable
+from shared.providers.pieces import object_of
 from shared.schema import JSON, Call
 from shared.store.base import MAX_NOTE, Store
 from shared.telemetry import logger
@@ -23,8 +25,7 @@ TTL = 30 * 86400
 MOST = 100
 """Calls of a history, from its end, that are looked up: one round trip."""
 RETURNED = ("extra_content", "reasoning_content", "reasoning_details")
-GARBLED = frozenset({"reasoning_details"})
-"""What clients may return, but wrongly put together where it was streamed: what was kept holds."""
+TWICE = re.compile(r"(.+?)\1+")
 
 
 class Vault:
@@ -108,7 +109,16 @@ class Recall:
 
 
 def _filled(said: JSON, kept: JSON) -> JSON:
-    return {**said, **{name: value for name, value in kept.items() if name in GARBLED or not said.get(name)}}
+    return {**said, **{name: value for name, value in kept.items() if not said.get(name) or _is_garbled(name, said)}}
+
+
+def _is_garbled(name: str, said: JSON) -> bool:
+    """Stock clients put a streamed list together as if all its strings came in pieces: "unknownunknown"."""
+    items: Any = said[name] if name == "reasoning_details" else None
+    if not isinstance(items, list):
+        return False
+    details = [object_of(item) for item in cast("list[Any]", items)]
+    return any(TWICE.fullmatch(str(each.get("format"))[:100]) or {"text", "data"} <= each.keys() for each in details)
 
 
 def cares(row: Provider) -> bool:

@@ -18,7 +18,7 @@ from shared.providers.dialect import END, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
-from shared.providers.schemas import held
+from shared.providers.schemas import held, held_tool
 from shared.providers.thinking import Place, Thought, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -130,7 +130,7 @@ def _output(parameters: Parameters, to: Deployment, thought: Thought) -> JSON | 
     if asked := parameters.schema(to):
         config["format"] = {
             "type": "json_schema",
-            "schema": held(asked["schema"], "response_format.json_schema", parameters),
+            "schema": held(asked["schema"], "response_format.json_schema", parameters, to),
         }
     return config or None
 
@@ -181,7 +181,7 @@ def _tool(tool: JSON, parameters: Parameters, to: Deployment) -> JSON:
     sent: JSON = {
         "name": function["name"],
         "description": function.get("description"),
-        "input_schema": held(schema, "tools.parameters", parameters) if function.get("strict") else schema,
+        "input_schema": held_tool(schema, parameters, to) if function.get("strict") else schema,
         "strict": function.get("strict") or None,
     }
     sent = {name: value for name, value in sent.items() if value is not None}

@@ -25,7 +25,7 @@ from shared.providers.dialect import END, Decoder, Outgoing, Piece, Translate
 from shared.providers.parameters import Parameters, hides_reasoning, refuse, unsupported
 from shared.providers.parts import data_uri, kind_of
 from shared.providers.pieces import count_of, delta, more_arguments, object_of, text_of, tool_call
-from shared.providers.schemas import held
+from shared.providers.schemas import held, held_tool
 from shared.providers.thinking import WAYS, Place, is_signed, level, signed, stretches, think
 from shared.providers.through_chat import ThroughChat
 from shared.schema import JSON, Call, Usage
@@ -265,7 +265,7 @@ def _output(parameters: Parameters, to: Deployment, thought: _Thought) -> JSON:
     if not (asked := parameters.schema(to)):
         return _given(effort=thought.effort)
     claude = to.provider.family(to.model) == "claude"
-    schema = held(asked["schema"], "response_format.json_schema", parameters) if claude else asked["schema"]
+    schema = held(asked["schema"], "response_format.json_schema", parameters, to) if claude else asked["schema"]
     described = _given(name=asked["name"], description=asked.get("description"), schema=orjson.dumps(schema).decode())
     return _given(effort=thought.effort, textFormat={"type": "json_schema", "structure": {"jsonSchema": described}})
 
@@ -321,7 +321,7 @@ def _tool(tool: JSON, parameters: Parameters, to: Deployment) -> list[JSON]:
         parameters.tell("tools.strict")
     schema: JSON = {"type": "object", **(function.get("parameters") or {})}
     if strict:
-        schema = held(schema, "tools.parameters", parameters)
+        schema = held_tool(schema, parameters, to)
     described = (function.get("description") or "").strip() or None
     spec = _given(name=function["name"], description=described, inputSchema={"json": schema}, strict=strict or None)
     family = to.provider.family(to.model)

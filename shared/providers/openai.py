@@ -91,6 +91,8 @@ def _body(call: Call, to: Deployment) -> tuple[JSON, tuple[str, ...]]:
     row, given = to.provider, call.body
     own, drops = ours(call, to), row.dropped(to.model)
     dropped = {name for name in drops if given.get(name) is not None}
+    if "name" in row.strips and any(map(_is_named, given.get("messages") or ())):
+        dropped.add("messages.name")
     body: JSON = dict(row.defaults) if call.surface != "embeddings" else {}
     for name, value in given.items():
         if value is not None and name not in own and name not in drops:
@@ -101,6 +103,11 @@ def _body(call: Call, to: Deployment) -> tuple[JSON, tuple[str, ...]]:
     if not row.base64:
         body.pop("encoding_format", None)
     return body, told(sorted(dropped), call, to)
+
+
+def _is_named(message: JSON) -> bool:
+    """As one of several who speak; a tool's name is known from its call."""
+    return bool(message.get("name")) and message["role"] not in ("tool", "function")
 
 
 def _preferences(wish: JSON, row: Provider) -> JSON:

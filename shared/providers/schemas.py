@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import orjson
 
-from shared.providers.parameters import Parameters
+from shared.catalog import Deployment
+from shared.providers.parameters import Parameters, unsupported
+from shared.providers.pieces import object_of
 from shared.schema import JSON
 
 REFUSED = frozenset({
@@ -25,20 +27,51 @@ BEYOND_IT = re.compile(r"\(\?|\\[bB1-9]")
 BY_NAME = ("properties", "$defs", "definitions")
 REFERENCE = ("$ref", "$defs", "definitions")
 """Nothing else may stand beside a reference."""
+MOST_REFERENCES = 8
+"""From one to the next, at the root."""
 
 
-def held(schema: JSON, whose: str, parameters: Parameters) -> JSON:
-    """The schema as Claude takes it; what it is not held to any more is told as dropped: `tools.parameters.minimum`."""
-    sent, lost = reduced(schema)
+class OpenObject(ValueError):
+    """A schema has an object whose properties nobody named: Claude could only leave it empty."""
+
+
+def held(schema: JSON, whose: str, parameters: Parameters, to: Deployment) -> JSON:
+    """The schema as Claude takes it; what it is not held to any more is told as dropped: `tools.parameters.minimum`.
+
+    Raises UnsupportedParameter for maps and other objects of any properties."""
+    try:
+        sent, lost = reduced(schema)
+    except OpenObject:
+        lacks = "cannot be held to an object whose properties are not named ('additionalProperties')"
+        raise unsupported(to, whose.partition(".")[0], lacks) from None
     for name in lost:
         parameters.tell(f"{whose}.{name}")
     return sent
 
 
+def held_tool(schema: JSON, parameters: Parameters, to: Deployment) -> JSON:
+    """The same for what a function takes, which is nothing where nothing is named."""
+    nothing: JSON = {"properties": {}} if schema.get("type") == "object" else {}
+    return held({**nothing, **schema}, "tools.parameters", parameters, to)
+
+
 def reduced(schema: JSON) -> tuple[JSON, set[str]]:
-    """A copy of which the objects have no further properties, and the keywords that now only stand in descriptions."""
+    """A copy of which the objects have no further properties, and the keywords that now only stand in descriptions.
+
+    Raises OpenObject."""
     lost = set[str]()
-    return _reduced(schema, lost), lost
+    return _reduced(_rooted(schema), lost), lost
+
+
+def _rooted(schema: JSON) -> JSON:
+    """The root says itself what it is, though it be by reference."""
+    for _ in range(MOST_REFERENCES):
+        section, _, name = str(schema.get("$ref", "")).removeprefix("#/").partition("/")
+        found = object_of(object_of(schema.get(section)).get(name)) if section in REFERENCE else None
+        if not found:
+            break
+        schema = {key: value for key, value in schema.items() if key in BY_NAME[1:]} | found
+    return schema
 
 
 def _reduced(schema: Any, lost: set[str]) -> Any:
@@ -57,7 +90,10 @@ def _reduced(schema: Any, lost: set[str]) -> Any:
         else:
             sent[name] = _reduced(value, lost) if name == "items" else value
     lost |= moved.keys() | ({"oneOf"} & given.keys())
-    if "properties" in sent or "object" in (sent.get("type"), *_list(sent.get("type"))):
+    is_object = "object" in (sent.get("type"), *_list(sent.get("type")))
+    if is_object and "properties" not in sent and "additionalProperties" not in sent:
+        raise OpenObject
+    if is_object or "properties" in sent:
         sent["additionalProperties"] = False
     if moved:
         told = ", ".join(f"{name}: {orjson.dumps(value).decode()}" for name, value in moved.items())

@@ -496,6 +496,15 @@ async def test_a_dear_service_tier_is_not_for_keys_with_a_budget(kit: Kit) -> No
     assert (await kit.ask(await key_of(kit), ask(service_tier="priority"))).error is None
 
 
+@pytest.mark.parametrize("given", [{"cached_content": "c"}, {"extra_body": {"google": {"cached_content": "c"}}}])
+async def test_nor_is_a_prompt_of_which_a_part_is_elsewhere(kit: Kit, given: dict[str, Any]) -> None:
+    """Of Gemini's explicit caches nobody knows beforehand how large they are."""
+    with pytest.raises(Forbidden) as refused:
+        await kit.ask(await key_of(kit, balance=10**9, credit=10**9), ask(**given))
+    assert refused.value.code == "model_not_priced"
+    assert (await kit.ask(await key_of(kit), ask(**given))).error is None
+
+
 async def test_an_answer_too_deep_to_be_written_is_no_answer(kit: Kit) -> None:
     deep = b'{"choices": [{"index": 0, "message": {"content": "x", "odd": ' + b"[" * 400 + b"]" * 400 + b"}}]}"
     kit.reply = lambda _: whole(deep)

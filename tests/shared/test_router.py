@@ -157,8 +157,11 @@ OPENROUTER = row("openrouter", keeps=("provider", "models"))
         ({"max_price": {"prompt": 1}}, ["a/x", "openrouter/x"]),
         ({"max_price": {"completion": 0.5}}, []),
         ({"only": ["a"], "ignore": ["a", "openrouter"]}, []),
-        ({"order": ["b"], "allow_fallbacks": False, "ignore": ["openrouter"]}, ["b/x"]),
-        ({"order": ["b", "a"], "allow_fallbacks": False, "ignore": ["openrouter"]}, ["a/x", "b/x"]),
+        ({"order": ["b"], "allow_fallbacks": False}, ["b/x"]),
+        ({"order": ["b", "a"], "allow_fallbacks": False}, ["a/x", "b/x"]),
+        ({"order": ["b", "openrouter"], "allow_fallbacks": False}, ["b/x", "openrouter/x"]),
+        ({"order": ["azure"], "allow_fallbacks": False}, ["openrouter/x"]),  # which may have that
+        ({"only": ["openrouter"], "data_collection": "deny"}, ["openrouter/x"]),
     ],
 )
 def test_preferences_leave_some_out(wish: dict[str, Any], left: list[str]) -> None:

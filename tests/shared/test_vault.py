@@ -75,3 +75,25 @@ async def test_a_client_may_forget_what_was_before_the_question(vault: Vault) ->
     await keep(vault, long, assistant("One."))
     parts = user("Oslo?") | {"content": [{"type": "text", "text": "Oslo?"}]}
     assert await recalled(vault, [{"role": "system", "content": "Anew."}, parts, assistant(), tool()]) == ["One."]
+
+
+DETAIL = {"type": "reasoning.encrypted", "format": "google-gemini-v1", "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("returned", "whose"),
+    [
+        (None, "Bob"),
+        ({**DETAIL, "data": "Ann"}, "Ann"),  # the same question and id in another conversation do not take its place
+        ({**DETAIL, "data": "Ann", "format": "google-gemini-v1" * 2}, "Bob"),
+        ({"type": "reasoning.text", "text": "Hm", "data": "Ann", "index": 0}, "Bob"),
+    ],
+)
+async def test_details_are_believed_unless_the_client_garbled_them(vault: Vault, returned: Any, whose: str) -> None:
+    await keep(vault, [user("Oslo?")], assistant() | {"reasoning_details": [{**DETAIL, "data": "Bob"}]})
+    said = assistant() | ({"reasoning_details": [returned]} if returned else {})
+    call = Call("chat", {"model": "m", "messages": [user("Oslo?"), said, tool()]})
+    recall = vault.recall(call, "k1", [ROW])
+    assert recall
+    await recall.read()
+    assert recall.applied(call).body["messages"][1]["reasoning_details"][0]["data"] == whose

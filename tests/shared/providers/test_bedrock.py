@@ -339,7 +339,8 @@ def test_one_tool_at_a_time_is_said_in_claudes_words() -> None:
 def test_which_claude_can_be_held_to_a_schema(model: str, held: bool) -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     assert ("tools.strict" not in dropped(ask(tools=[strict]), at(model))) is held
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    schema = {"type": "object", "properties": {"at": {"type": "string"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert ("json_schema" not in at(model).provider.refused(model)) is held
     if held:
         assert sent(ask(response_format=form), at(model))["outputConfig"]
@@ -354,6 +355,12 @@ def test_strict_tools() -> None:
     assert dropped(ask(tools=[strict]), NOVA) == ("tools.strict",)
     strict["function"]["parameters"] = {"properties": {"at": {"type": "string", "minLength": 1}}}
     assert dropped(ask(tools=[strict])) == ("tools.parameters.minLength",)
+    del strict["function"]["parameters"]
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert sent(ask(tools=[strict]))["toolConfig"]["tools"][0]["toolSpec"]["inputSchema"] == {"json": nothing}
+    scores = {"type": "object", "additionalProperties": {"type": "number"}}
+    strict["function"]["parameters"] = {"properties": {"scores": scores}}
+    assert refused(ask(tools=[strict])) == "tools"
     with pytest.raises(UnsupportedParameter):
         DIALECT.request(ask(tools=[strict], strict=True), NOVA, None)
 

@@ -163,9 +163,11 @@ def test_what_clients_echo_is_cleaned_of_what_the_provider_refuses() -> None:
         "name": "x",
     }
     call = ask(messages=[{"role": "developer", "content": "d"}, echoed])
-    system, assistant = sent(call, at(developer=False, strips=("annotations", "name")))["messages"]
+    to = at(developer=False, strips=("annotations", "name"))
+    system, assistant = sent(call, to)["messages"]
     assert system == {"role": "system", "content": "d"}
     assert assistant == {"role": "assistant", "content": None}
+    assert DIALECT.request(call, to, None).dropped == ("messages.name",)
     developer, assistant = sent(call, at(echoes_reasoning="reasoning"))["messages"]
     assert developer["role"] == "developer"
     assert assistant == {"role": "assistant", "content": None, "reasoning": "hm", "name": "x"}

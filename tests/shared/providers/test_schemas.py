@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.providers.schemas import reduced
+from shared.providers.schemas import OpenObject, reduced
 
 
 class Cat(BaseModel):
@@ -78,18 +78,42 @@ def test_what_is_fine_stays_as_it_is() -> None:
             {"pattern"},
         ),
         (
-            {"type": ["object", "null"], "additionalProperties": {"type": "integer"}},
+            {"type": ["object", "null"], "properties": {}, "additionalProperties": {"type": "integer"}},
             {
                 "type": ["object", "null"],
+                "properties": {},
                 "additionalProperties": False,
                 "description": '{additionalProperties: {"type":"integer"}}',
             },
             {"additionalProperties"},
         ),
-        ({"type": "object"}, {"type": "object", "additionalProperties": False}, set()),
-        ({"$ref": "#/$defs/a", "description": "An a"}, {"$ref": "#/$defs/a"}, set()),
+        (
+            {"items": {"$ref": "#/$defs/a", "description": "An a"}, "type": "array"},
+            {"items": {"$ref": "#/$defs/a"}, "type": "array"},
+            set(),
+        ),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}},
+            {
+                "type": "array",
+                "items": {"$ref": "#/$defs/a"},
+                "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}},
+            },
+            set(),
+        ),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+            set(),
+        ),
         ({"anyOf": [True, {"multipleOf": 2}]}, {"anyOf": [True, {"description": "{multipleOf: 2}"}]}, {"multipleOf"}),
     ],
 )
 def test_what_is_refused_is_said(schema: dict[str, Any], sent: dict[str, Any], lost: set[str]) -> None:
     assert reduced(schema) == (sent, lost)
+
+
+@pytest.mark.parametrize("others", [{}, {"additionalProperties": True}, {"additionalProperties": {"type": "number"}}])
+def test_an_object_of_any_properties_is_not_left_empty_instead(others: dict[str, Any]) -> None:
+    with pytest.raises(OpenObject):
+        reduced({"type": "object", "properties": {"scores": {"type": ["object", "null"], **others}}})
