@@ -117,6 +117,11 @@ class Provider(Row):
     signed_calls: tuple[str, ...] = ()  # models that refuse a call in the history without its signature
 
     @property
+    def starts_cold(self) -> bool:
+        """Whether its models run on the deployer's own machines, which may have to load them first."""
+        return self.local or self.answers_elsewhere
+
+    @property
     def credentials(self) -> dict[str, str]:
         """The header that carries our key; none where there is no key."""
         if self.api_key is None:

@@ -39,6 +39,8 @@ DRAIN_SECONDS = 0.25
 """What it may take, after `[DONE]`, to end the body; else the connection is not reused."""
 LOOK_SECONDS = 0.25
 """How often a timer looks at most whether its time, which may have come nearer, is up."""
+COLD = 10.0
+"""Seconds to the first content after which a model of the deployer's own is taken to have been started for it."""
 MAX_BAD_EVENTS = 3
 MAX_HOPS = 5
 MAX_DEPTH = 200
@@ -60,10 +62,12 @@ class Notes:
     """What the record of an attempt tells of the way there and back, beside its error.
 
     `retried_stale`: a kept connection was dead, and the request went out once more on a new one. `bad_events`: how
-    many events of the stream could not be read, and were dropped."""
+    many events of the stream could not be read, and were dropped. `cold_start_ms`: until a model on a machine of the
+    deployer's own began to answer, where that was so long that it had to be loaded first."""
 
     retried_stale: bool = False
     bad_events: int = 0
+    cold_start_ms: int = 0
 
 
 class Upstream:
@@ -138,7 +142,7 @@ class Upstream:
         may be reused. A stream may end without one: only finish reasons tell a whole answer. Must be iterated by one
         task, whose cancellation is how time runs out."""
         notes = notes or Notes()
-        patience = to.provider.first_content_for(to.model, self._settings)
+        patience, asked = to.provider.first_content_for(to.model, self._settings), _now()
         async with (
             _faults(to),
             Timer(deadline, "first_content_timeout", patience) as timer,
@@ -168,6 +172,8 @@ class Upstream:
                             raise _empty()
                         continue
                     begun, pieces = True, held
+                    if to.provider.starts_cold and _now() - asked >= COLD:
+                        notes.cold_start_ms = round((_now() - asked) * 1000)
                 timer.rest()  # the caller's own slowness is not the provider's
                 if pieces:
                     yield pieces
@@ -185,12 +191,14 @@ class Upstream:
         if outgoing.region is not None:
             headers |= await _signed(outgoing)
         request = httpx.Request("POST", url, headers=headers, content=outgoing.content, extensions=self._extensions)
+        asked = _now()
         try:
             response = await self._pool(url).handle_async_request(request)
         finally:
             notes.retried_stale = "retried_stale" in request.extensions
-        if to.provider.answers_elsewhere:
+        if to.provider.answers_elsewhere and response.status_code == 303:
             response = await self._fetched(url, headers, response)
+            notes.cold_start_ms = round((_now() - asked) * 1000)  # it was long enough to be sent elsewhere
         try:
             yield response
         finally:
@@ -207,6 +215,10 @@ class Upstream:
             request = httpx.Request("GET", onward, headers=headers, extensions=self._extensions)
             response = await self._pool(url).handle_async_request(request)
         return response
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _same_host(url: httpx.URL, location: str) -> httpx.URL | None:

@@ -846,12 +846,20 @@ async def test_one_provider_that_holds_all_its_connections_does_not_hold_up_the_
     assert (await slow).error is None
 
 
-async def test_a_cold_model_may_take_its_time(open_world: Open) -> None:
-    """H7: as long as its row says."""
+async def test_a_cold_model_may_take_its_time(open_world: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H7: as long as its row says; and how long it took is told, of a deployer's own models."""
+    monkeypatch.setattr("shared.upstream.COLD", 1.2)
     async with Upstream(SECRET) as cold:
-        world = await open_world(cold={"base_url": cold.url, "first_content_timeout": 3})
-        cold.next(sleep(0.8), echo())
-        assert said(await world.ask("cold/m", stream=True)) == "hi"
+        world = await open_world(
+            cold={"base_url": cold.url, "first_content_timeout": 10, "local": True},
+            hosted={"base_url": cold.url, "first_content_timeout": 10},
+        )
+        for row, slow in (("cold", True), ("cold", False), ("hosted", True)):
+            cold.next(sleep(1.5 if slow else 0), echo())
+            outcome = await world.ask(f"{row}/m", stream=True)
+            assert said(outcome) == "hi"
+            cold_start = outcome.row.doc["attempts"][0].get("cold_start_ms")
+            assert (cold_start >= 1500) if row == "cold" and slow else (cold_start is None)
         await world.ours.close()
 
 
@@ -866,6 +874,7 @@ async def test_a_late_answer_is_fetched_where_the_provider_says_it_will_be(open_
         late.next(sse(HELLO) if mode else answer(200, body()))
         outcome = await world.ask("late/m", stream=mode)
         assert (said(outcome), attempts(outcome)) == ("hello", [("late", None)])
+        assert outcome.row.doc["attempts"][0]["cold_start_ms"] > 0
         assert [(seen.method, seen.path) for seen in late.seen[1:]] == [("GET", "/v1/chat/completions?result=fc-1")] * 2
         assert late.seen[2].headers["authorization"] == f"Bearer {SECRET}"
         for script in ([onward] * 6, [raw(b"", 303, location=f"{world.second.url}/x")], [raw(b"", 307, location="/x")]):
